@@ -1,0 +1,55 @@
+# Commands of the project; `make` alone lists them. Everything runs from a virtual environment of its own.
+.DEFAULT_GOAL := help
+.PHONY: help run token smoke test check format bench up down lock openapi clean
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+LOCAL := .venv/.local
+DEVELOPMENT := .venv/.development
+
+.venv/.%: requirements/%.txt
+	@$(or $(PYTHON),$(error Python 3.11 or later is needed)) local/install.py $*
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+run: $(LOCAL) ## the whole system on this machine, no Docker, no key; Ctrl-C stops it
+	@exec $(BIN)/python -m local run
+
+token: $(LOCAL) ## USER=demo: a bearer token for a user of `make run`
+	@exec $(BIN)/python -m local token $(if $(filter command,$(firstword $(origin USER))),$(USER),demo)
+
+smoke: $(LOCAL) ## URL=… TOKEN=…: ask a running system what may be wrong with it (default: `make run`'s)
+	@exec $(BIN)/python -m local smoke $(if $(URL),--url $(URL)) $(if $(TOKEN),--token $(TOKEN))
+
+test: $(DEVELOPMENT) ## all tests on real servers; BACKEND=external|containers|local, ARGS=… for pytest
+	@exec $(BIN)/python -m pytest $(if $(filter external,$(BACKEND)),,-n 2 --dist loadgroup) \
+		$(if $(BACKEND),--backend $(BACKEND)) $(ARGS)
+
+check: $(DEVELOPMENT) ## format, lint, types, imports
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+format: $(DEVELOPMENT) ## format the code
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+bench: $(DEVELOPMENT) ## measure the performance goals
+	@exec $(BIN)/python -m bench $(ARGS)
+
+up: ## the system in containers (PROFILE=demo adds the market simulator and demo portfolios)
+	docker compose $(if $(PROFILE),--profile $(PROFILE)) up --build --detach --wait
+
+down: ## stop the containers; the data stays
+	docker compose --profile demo down
+
+openapi: $(DEVELOPMENT) ## write docs/openapi.json from the response models
+	@exec $(BIN)/python -m services.api_gateway.openapi > docs/openapi.json
+
+lock: $(DEVELOPMENT) ## compile requirements/ from pyproject.toml
+	@for name in services local development; do \
+		group=$$([ $$name = services ] || echo --group $$name); \
+		$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate \
+			--python-version 3.11 $$group pyproject.toml -o requirements/$$name.txt; done
+
+clean: ## remove the virtual environment; the data of `make run` stays
+	rm -rf .venv

@@ -1,0 +1,60 @@
+"""Alembic's entry: one connection to DATABASE_URL, one transaction for all revisions."""
+
+import asyncio
+import sys
+
+from alembic import context
+from pydantic import Field
+from sqlalchemy import Connection, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from shared import logs, settings
+from shared.settings import DatabaseUrl, LogSettings, SettingsError
+
+# Two migrators at once wait for each other. The number only has to differ from other uses of the database.
+ADVISORY_LOCK = 4_201_764
+
+
+class MigrationSettings(LogSettings):
+    database_url: DatabaseUrl = Field(description="PostgreSQL 16 or later, the database to migrate.")
+
+
+def migrate(connection: Connection) -> None:
+    context.configure(connection=connection, transaction_per_migration=False)
+    with context.begin_transaction():
+        connection.execute(text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})"))
+        # A migration that cannot have its lock at once must not queue up the readers behind it.
+        connection.execute(text("SET LOCAL lock_timeout = '10s'"))
+        context.run_migrations()
+
+
+async def migrate_online(url: str) -> None:
+    engine = create_async_engine(make_url(url).set(drivername="postgresql+asyncpg"), poolclass=NullPool)
+    async with engine.connect() as connection:
+        await connection.run_sync(migrate)
+    await engine.dispose()
+
+
+def main() -> None:
+    if context.is_offline_mode():
+        context.configure(dialect_name="postgresql", literal_binds=True)
+        with context.begin_transaction():
+            context.run_migrations()
+        return
+    try:
+        loaded = settings.load(MigrationSettings)
+    except SettingsError as error:
+        sys.exit(f"migrations cannot start: {error}")
+    logs.configure("migrations", loaded.log_level)
+    log = logs.get_logger()
+    try:
+        asyncio.run(migrate_online(loaded.database_url.get_secret_value()))
+    except OSError as error:
+        log.error("migration_failed", error=f"PostgreSQL cannot be reached: {error}")
+        sys.exit(1)
+    log.info("migrated")
+
+
+main()

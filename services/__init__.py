@@ -1,0 +1,1 @@
+"""The deployable processes. They never import each other: the schema and `shared.messages` are all they share."""

@@ -1,0 +1,1 @@
+"""What two or more services need, a module per noun. Imports no service."""

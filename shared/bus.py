@@ -1,0 +1,293 @@
+"""NATS: one connection that heals for ever, JetStream publishing with acknowledgement, durable consuming.
+
+The only module that imports nats.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Self
+
+import nats.errors
+import nats.js.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext
+from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, StorageType, StreamConfig
+from nats.js.client import JetStreamContext as _Context
+
+from shared import clock, logs
+from shared.messages import STREAMS, Message, Stream
+
+PING_INTERVAL_SECONDS = 10
+PINGS_OUTSTANDING_MAX = 2
+RECONNECT_WAIT_SECONDS = 0.5
+PUBLISH_TIMEOUT_SECONDS = 3.0
+PUBLISHES_IN_FLIGHT_MAX = 256
+FETCH_WAIT_SECONDS = 2.0
+FAILURE_PAUSE_SECONDS = 1.0
+DUPLICATE_WINDOW = timedelta(minutes=2)
+CONNECT_TIMEOUT_SECONDS = 2
+
+_NOT_CONNECTED = "not connected"
+
+log = logs.get_logger()
+
+
+class BusUnavailable(Exception):
+    """NATS did not acknowledge; the message may or may not have been stored, so publishing again must be harmless."""
+
+
+_FAILURES = (
+    nats.errors.Error,
+    nats.js.errors.Error,
+    OSError,
+    TimeoutError,
+    asyncio.InvalidStateError,
+)
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A message to publish; `message_id` lets the stream discard a second copy within two minutes."""
+
+    subject: str
+    message: Message
+    message_id: str | None = None
+
+
+class Delivery:
+    """A message that a durable consumer delivered; it comes again unless acknowledged in time."""
+
+    def __init__(self, received: Msg) -> None:
+        self._received = received
+        self.payload: bytes = received.data
+        self.deliveries: int = received.metadata.num_delivered or 1
+
+    async def acknowledge(self) -> None:
+        """Say that the work is done and committed."""
+        await self._answer(self._received.ack)
+
+    async def postpone(self, delay_seconds: float) -> None:
+        """Ask for the message again after `delay_seconds`."""
+        await self._answer(lambda: self._received.nak(delay=delay_seconds))
+
+    async def discard(self) -> None:
+        """Say that the message can never be handled."""
+        await self._answer(self._received.term)
+
+    async def keep_alive(self, every_seconds: float) -> None:
+        """Tell the server, until cancelled, that the work goes on, so that no other replica is given it."""
+        while True:
+            await asyncio.sleep(every_seconds)
+            await self._answer(self._received.in_progress)
+
+    async def _answer(self, answer: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await answer()
+        except _FAILURES as error:  # the message will be delivered again, which must be harmless
+            log.warning("bus_answer_failed", error=_reason(error))
+
+
+class Bus:
+    """A connection to NATS that is made, and made again, in the background.
+
+    Use as an async context manager; entering does not wait for the server. `check()` tells whether it is there.
+    """
+
+    def __init__(self, url: str, *, name: str) -> None:
+        self._servers = [server.strip() for server in url.split(",")]
+        self._name = name
+        self._client = Client()
+        self._js: JetStreamContext | None = None
+        self._ready = asyncio.Event()
+        self._closed = asyncio.Event()
+        self._problem = _NOT_CONNECTED
+        self._keeping: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._keeping = asyncio.create_task(self._keep_connected())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._keeping is not None
+        self._keeping.cancel()
+        await asyncio.gather(self._keeping, return_exceptions=True)
+        if self._js is None:  # never connected: the library has nothing to close
+            return
+        try:
+            async with asyncio.timeout(PUBLISH_TIMEOUT_SECONDS):
+                await self._client.close()
+        except _FAILURES as error:
+            log.warning("bus_close_failed", error=_reason(error))
+
+    async def check(self) -> str | None:
+        """Return None when NATS is connected and the streams are there, else why not. For readiness."""
+        return None if self._client.is_connected and self._ready.is_set() else self._problem
+
+    async def wait_until_ready(self, stop: asyncio.Event) -> bool:
+        """Wait until the bus can be used or `stop` is set; tell whether it can be used."""
+        while not stop.is_set():
+            if self._ready.is_set():
+                return True
+            await clock.wait_for_stop(stop, 0.2)
+        return False
+
+    async def publish(self, outgoing: Outgoing) -> None:
+        """Publish to JetStream and wait for the acknowledgement; raises BusUnavailable without one."""
+        failed = await self.publish_all([outgoing])
+        if failed:
+            raise BusUnavailable(failed[0][1])
+
+    async def publish_all(self, batch: Iterable[Outgoing]) -> list[tuple[Outgoing, str]]:
+        """Publish a batch with many in flight; return those without an acknowledgement, and why."""
+        js = self._js
+        messages = list(batch)
+        if js is None or not self._client.is_connected:
+            return [(outgoing, self._problem) for outgoing in messages]
+        in_flight = asyncio.Semaphore(PUBLISHES_IN_FLIGHT_MAX)
+
+        async def send(outgoing: Outgoing) -> tuple[Outgoing, str] | None:
+            headers = {"Nats-Msg-Id": outgoing.message_id} if outgoing.message_id else None
+            async with in_flight:
+                try:
+                    await js.publish(
+                        outgoing.subject,
+                        outgoing.message.model_dump_json().encode(),
+                        timeout=PUBLISH_TIMEOUT_SECONDS,
+                        headers=headers,
+                    )
+                except _FAILURES as error:
+                    return outgoing, _reason(error)
+            return None
+
+        failed = [failure for failure in await asyncio.gather(*map(send, messages)) if failure]
+        if failed:
+            # The streams may have gone with the server's disk: make them again before the next attempt.
+            await self._declare_streams()
+        return failed
+
+    async def consume(
+        self, stream: Stream, *, durable: str, ack_wait_seconds: float, stop: asyncio.Event
+    ) -> AsyncIterator[Delivery]:
+        """Yield the stream's messages one at a time, shared with all consumers of the same name, until `stop`.
+
+        Survives a server that restarts, freezes or loses its disk: the consumer is made again.
+        """
+        assert len(stream.subjects) == 1
+        subscription: _Context.PullSubscription | None = None
+        while not stop.is_set():
+            if not await self.wait_until_ready(stop):
+                return
+            try:
+                if subscription is None:
+                    subscription = await self._subscribe(stream, durable, ack_wait_seconds)
+                messages = await subscription.fetch(1, timeout=FETCH_WAIT_SECONDS)
+            except TimeoutError:
+                continue
+            except _FAILURES as error:
+                subscription = None
+                log.warning("bus_consumer_lost", stream=stream.name, error=_reason(error))
+                await self._declare_streams()
+                await clock.wait_for_stop(stop, FAILURE_PAUSE_SECONDS)
+                continue
+            for message in messages:
+                yield Delivery(message)
+
+    async def _subscribe(
+        self, stream: Stream, durable: str, ack_wait_seconds: float
+    ) -> _Context.PullSubscription:
+        assert self._js is not None
+        config = ConsumerConfig(
+            durable_name=durable,
+            ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=ack_wait_seconds,
+            max_deliver=-1,
+            filter_subject=stream.subjects[0],
+        )
+        await self._js.add_consumer(stream.name, config=config)
+        return await self._js.pull_subscribe_bind(durable, stream=stream.name)
+
+    async def _keep_connected(self) -> None:
+        """Connect, and again with a new client should the library give one up (a refused password, say)."""
+        while True:
+            self._closed.clear()
+            try:
+                await self._client.connect(
+                    servers=self._servers,
+                    name=self._name,
+                    connect_timeout=CONNECT_TIMEOUT_SECONDS,
+                    allow_reconnect=True,
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=RECONNECT_WAIT_SECONDS,  # type: ignore[arg-type]  # a fraction works
+                    ping_interval=PING_INTERVAL_SECONDS,
+                    max_outstanding_pings=PINGS_OUTSTANDING_MAX,
+                    error_cb=self._on_error,
+                    disconnected_cb=self._on_disconnected,
+                    reconnected_cb=self._on_reconnected,
+                    closed_cb=self._on_closed,
+                )
+                self._js = self._client.jetstream(timeout=PUBLISH_TIMEOUT_SECONDS)
+                log.info("bus_connected")
+                while not await self._declare_streams() and not self._closed.is_set():  # noqa: ASYNC110
+                    await asyncio.sleep(FAILURE_PAUSE_SECONDS)
+                await self._closed.wait()
+            except _FAILURES as error:
+                await self._on_error(error)
+            self._ready.clear()
+            self._client = Client()
+            await asyncio.sleep(FAILURE_PAUSE_SECONDS)
+
+    async def _declare_streams(self) -> bool:
+        """Create the streams that are missing; an operator's changes to existing ones are kept."""
+        assert self._js is not None
+        try:
+            for stream in STREAMS:
+                try:
+                    await self._js.stream_info(stream.name)
+                except nats.js.errors.NotFoundError:
+                    await self._js.add_stream(_stream_config(stream))
+                    log.info("bus_stream_created", stream=stream.name)
+        except _FAILURES as error:
+            self._say_problem(f"JetStream: {_reason(error)}")
+            self._ready.clear()
+            return False
+        self._ready.set()
+        return True
+
+    async def _on_error(self, error: Exception) -> None:
+        self._say_problem(_reason(error))
+
+    async def _on_closed(self) -> None:
+        self._closed.set()
+
+    async def _on_disconnected(self) -> None:
+        self._say_problem("connection lost")
+
+    async def _on_reconnected(self) -> None:
+        self._problem = _NOT_CONNECTED
+        log.info("bus_reconnected")
+        await self._declare_streams()
+
+    def _say_problem(self, problem: str) -> None:
+        if problem != self._problem:  # once on the change, not once per attempt
+            log.warning("bus_problem", problem=problem)
+        self._problem = problem
+
+
+def _stream_config(stream: Stream) -> StreamConfig:
+    return StreamConfig(
+        name=stream.name,
+        subjects=list(stream.subjects),
+        storage=StorageType.FILE,
+        discard=DiscardPolicy.OLD,
+        max_msgs_per_subject=1 if stream.last_value_only else -1,
+        max_age=stream.max_age.total_seconds() if stream.max_age else None,
+        duplicate_window=DUPLICATE_WINDOW.total_seconds(),
+        allow_direct=True,
+    )
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,76 @@
+"""Run a service: settings, logs, signals, exit code.
+
+Exit codes: 0 after SIGTERM or SIGINT, 1 after a failure, 2 when a setting is wrong.
+"""
+
+import asyncio
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from typing import NoReturn, TypeVar
+
+import uvloop
+
+from shared import logs, settings
+from shared.settings import ServiceSettings, SettingsError
+
+STOP_GRACE_SECONDS = 10.0
+"""What a service may take from a signal to its end; then it is cancelled."""
+
+S = TypeVar("S", bound=ServiceSettings)
+log = logs.get_logger()
+
+
+def run(
+    service: str, settings_type: type[S], serve: Callable[[S, asyncio.Event], Awaitable[None]]
+) -> NoReturn:
+    """Run `serve(settings, stop)` until it returns, which it must do soon after `stop` is set; never returns."""
+    try:
+        loaded = settings.load(settings_type)
+    except SettingsError as error:
+        problems = "".join(f"\n  {line}" for line in str(error).splitlines())
+        sys.stderr.write(f"{service} cannot start, its settings are wrong:{problems}\n")
+        sys.exit(2)
+    logs.configure(service, loaded.log_level)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        sys.exit(runner.run(_supervise(loaded, serve)))
+
+
+async def _supervise(loaded: S, serve: Callable[[S, asyncio.Event], Awaitable[None]]) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal(name: str) -> None:
+        if not stop.is_set():
+            log.info("stopping", signal=name)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number.name)
+    log.info("starting")
+    served = asyncio.ensure_future(serve(loaded, stop))
+    stopped = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({served, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not served.done():
+            await asyncio.wait({served}, timeout=STOP_GRACE_SECONDS)
+        if not served.done():
+            log.error("stop_overran", grace_seconds=STOP_GRACE_SECONDS)
+            served.cancel()
+            await asyncio.wait({served}, timeout=1.0)
+            return 1
+        await served
+    except Exception as error:
+        for cause in _causes(error):
+            log.error("service_failed", error=f"{type(cause).__name__}: {cause}", exc_info=cause)
+        return 1
+    finally:
+        stopped.cancel()
+    log.info("stopped")
+    return 0
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [cause for member in error.exceptions for cause in _causes(member)]
+    return [error]

@@ -1,0 +1,123 @@
+"""Settings from the environment: the ones all services have, and the loader.
+
+Every setting `NAME` can also be given as `NAME_FILE`, the path of a file that holds the value (a mounted secret).
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+
+class SettingsError(Exception):
+    """One or more settings are wrong; the text names each variable and says what is wrong with it."""
+
+
+def _url_of(*schemes: str) -> AfterValidator:
+    def check(value: SecretStr) -> SecretStr:
+        for url in value.get_secret_value().split(","):
+            parts = urlsplit(url.strip())
+            if parts.scheme not in schemes or not parts.netloc:
+                raise ValueError(f"must be a URL that starts with {' or '.join(f'{s}://' for s in schemes)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _plain_postgres_url(value: SecretStr) -> SecretStr:
+    return SecretStr(re.sub(r"^postgres(ql)?(\+asyncpg)?://", "postgresql://", value.get_secret_value()))
+
+
+DatabaseUrl = Annotated[SecretStr, AfterValidator(_plain_postgres_url), _url_of("postgresql")]
+NatsUrl = Annotated[SecretStr, _url_of("nats", "tls")]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class LogSettings(BaseSettings):
+    """What every process has. `NAME_FILE` is honoured for each field."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="The least severe log line that is written."
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _NamedFileSource(settings_cls)
+
+
+class ServiceSettings(LogSettings):
+    """What every service has: its database, its bus, its health port."""
+
+    database_url: DatabaseUrl = Field(
+        description="PostgreSQL 16 or later, `postgresql://user:password@host:port/database`."
+    )
+    nats_url: NatsUrl = Field(
+        default=SecretStr("nats://127.0.0.1:4222"),
+        description="NATS with JetStream, `nats://user:password@host:port`; several with commas between.",
+    )
+    health_host: str = Field(default="0.0.0.0", description="Address that the health port listens on.")  # noqa: S104
+
+
+S = TypeVar("S", bound=BaseSettings)
+
+
+def load(settings_type: type[S]) -> S:
+    """Read the settings from the environment; raise SettingsError that lists everything wrong with them."""
+    try:
+        return settings_type()
+    except ValidationError as error:
+        lines = [_explanation(settings_type, problem) for problem in error.errors()]
+        raise SettingsError("\n".join(lines)) from None
+
+
+def _explanation(settings_type: type[BaseSettings], problem: Any) -> str:
+    name = str(problem["loc"][0]) if problem["loc"] else ""
+    if not name:
+        return str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        field = settings_type.model_fields[name]
+        return f"{name.upper()} is not set: {field.description}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = message.removeprefix("Input should be ").removeprefix("a ")
+    given = problem["input"]
+    shown = "" if isinstance(given, SecretStr) or _is_secret(settings_type, name) else f" (it is {given!r})"
+    return f"{name.upper()} must be {message.removeprefix('must be ')}{shown}"
+
+
+def _is_secret(settings_type: type[BaseSettings], name: str) -> bool:
+    field = settings_type.model_fields.get(name)
+    return field is None or "SecretStr" in str(field.annotation)
+
+
+class _NamedFileSource(PydanticBaseSettingsSource):
+    """Reads a field's value from the file that `<NAME>_FILE` names."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        path = os.environ.get(f"{field_name.upper()}_FILE")
+        if not path:
+            return None, field_name, False
+        try:
+            return Path(path).read_text(encoding="utf-8").strip(), field_name, False
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{field_name.upper()}_FILE cannot be read: {error}") from error
+
+    def __call__(self) -> dict[str, Any]:
+        values = {
+            name: self.get_field_value(field, name)[0]
+            for name, field in self.settings_cls.model_fields.items()
+        }
+        return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,25 @@
+"""Wait for a state instead of sleeping."""
+
+import asyncio
+import inspect
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+async def eventually(probe: Callable[[], Awaitable[T]], *, timeout: float = 10.0, every: float = 0.02) -> T:
+    """Return the first truthy result of `probe`; an AssertionError of it counts as not yet."""
+    deadline = time.monotonic() + timeout
+    while True:
+        problem: AssertionError | None = None
+        try:
+            result = await probe()
+            if result:
+                return result
+        except AssertionError as error:
+            problem = error
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout:g} s: {inspect.getsource(probe).strip()}") from problem
+        await asyncio.sleep(every)
