@@ -15,7 +15,7 @@ ERROR_LINES_MAX = 5
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  # run by whatever python3 the machine has
         sys.exit(
             f"Python 3.11 or later is needed, this is {sys.version.split()[0]}: make PYTHON=python3.13 …"
         )
