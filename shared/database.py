@@ -1,7 +1,7 @@
 """PostgreSQL: a pool as a context manager, deadlines on every statement, and what counts as unavailable."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ _UNAVAILABLE = (
     asyncpg.ReadOnlySQLTransactionError,
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.InvalidCatalogNameError,
+    asyncpg.ObjectNotInPrerequisiteStateError,
     asyncpg.InterfaceError,
     asyncpg.PostgresSystemError,
 )
@@ -143,7 +144,12 @@ class Database:
 
 @asynccontextmanager
 async def connect(
-    url: str, *, application_name: str, connections_max: int, statement_timeout_seconds: float = 30.0
+    url: str,
+    *,
+    application_name: str,
+    connections_max: int,
+    statement_timeout_seconds: float = 30.0,
+    server_settings: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Database]:
     """Open a pool that connects when it is first used, so that a service can start before its database.
 
@@ -165,6 +171,7 @@ async def connect(
             "tcp_keepalives_idle": "10",
             "tcp_keepalives_interval": "5",
             "tcp_keepalives_count": "3",
+            **(server_settings or {}),
         },
     )
     async with pool:

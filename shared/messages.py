@@ -7,9 +7,9 @@ A breaking change is a new version, served side by side with this one.
 import re
 from datetime import timedelta
 from enum import StrEnum
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from shared.money import Price
 
@@ -77,6 +77,12 @@ class SnapshotDue(Message):
     scheduled_at: AwareDatetime
     shard: int = Field(default=0, ge=0)
     shards: int = Field(default=1, ge=1, le=1024)
+
+    @model_validator(mode="after")
+    def _shard_exists(self) -> Self:
+        if self.shard >= self.shards:
+            raise ValueError(f"there is no shard {self.shard} of {self.shards}")
+        return self
 
 
 class SnapshotsTaken(Message):

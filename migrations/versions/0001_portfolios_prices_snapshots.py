@@ -86,13 +86,29 @@ STATEMENTS = (
         cost_basis NUMERIC(18, 2) NOT NULL,
         current_value NUMERIC(18, 2) NOT NULL,
         price_per_share NUMERIC(15, 4) NOT NULL,
-        CONSTRAINT position_snapshots_pkey PRIMARY KEY (portfolio_snapshot_id, timestamp, id),
-        CONSTRAINT position_snapshots_portfolio_snapshot_id_fkey
-            FOREIGN KEY (portfolio_snapshot_id, timestamp)
-            REFERENCES portfolio_snapshots (id, timestamp) ON DELETE CASCADE
+        CONSTRAINT position_snapshots_pkey PRIMARY KEY (portfolio_snapshot_id, timestamp, id)
     ) PARTITION BY RANGE (timestamp)
     """,
     "CREATE TABLE position_snapshots_default PARTITION OF position_snapshots DEFAULT",
+    # Details go with their snapshot. A foreign key would promise the same and check every inserted row for it,
+    # which is two fifths of a snapshot's time: see docs/decisions/0002-snapshot-details-without-foreign-key.md.
+    """
+    CREATE FUNCTION delete_position_snapshots() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        DELETE FROM position_snapshots
+        USING deleted_snapshots
+        WHERE position_snapshots.portfolio_snapshot_id = deleted_snapshots.id
+            AND position_snapshots.timestamp = deleted_snapshots.timestamp;
+        RETURN NULL;
+    END
+    $$
+    """,
+    """
+    CREATE TRIGGER portfolio_snapshots_delete_details
+    AFTER DELETE ON portfolio_snapshots
+    REFERENCING OLD TABLE AS deleted_snapshots
+    FOR EACH STATEMENT EXECUTE FUNCTION delete_position_snapshots()
+    """,
     # The valuation. A market value is rounded once, to the cent; totals are sums of rounded values.
     # A product beyond any believable position (a trillion dollars) has no value, so that one absurd row
     # cannot overflow the snapshot of all others.
@@ -149,3 +165,4 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.execute("DROP VIEW portfolio_valuations, priced_positions")
     op.execute("DROP TABLE position_snapshots, portfolio_snapshots, asset_prices, positions, users")
+    op.execute("DROP FUNCTION delete_position_snapshots")

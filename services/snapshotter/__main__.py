@@ -1,0 +1,41 @@
+"""Run the snapshotter: `python -m services.snapshotter`."""
+
+import asyncio
+
+from services.snapshotter import queries, snapshots, timer
+from services.snapshotter.settings import Settings
+from shared import database as databases
+from shared import health, lifecycle, logs
+from shared.bus import Bus
+
+log = logs.get_logger()
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    async with (
+        databases.connect(
+            settings.database_url.get_secret_value(),
+            application_name="snapshotter",
+            connections_max=4,
+            statement_timeout_seconds=150.0,
+            server_settings=queries.SERVER_SETTINGS,
+        ) as database,
+        Bus(settings.nats_url.get_secret_value(), name="snapshotter") as bus,
+        health.serving(
+            "snapshotter",
+            settings.health_host,
+            settings.health_port,
+            {"postgres": database.check, "schema": database.check_schema, "nats": bus.check},
+        ),
+    ):
+        if not settings.snapshot_enabled:
+            log.warning("snapshots_disabled", setting="SNAPSHOT_ENABLED")
+            await stop.wait()
+            return
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(timer.run(bus, settings.interval, settings.snapshot_shards, stop))
+            tasks.create_task(snapshots.run(database, bus, settings.interval, stop))
+
+
+if __name__ == "__main__":
+    lifecycle.run("snapshotter", Settings, serve)

@@ -1,0 +1,125 @@
+"""Take the snapshots that are due: store, commit, publish, acknowledge, in that order."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+
+from prometheus_client import Counter, Gauge, Histogram
+from pydantic import ValidationError
+
+from services.snapshotter import queries
+from shared import clock, logs
+from shared.bus import Bus, BusUnavailable, Delivery, Outgoing
+from shared.database import Database, DatabaseUnavailable, SchemaMissing
+from shared.messages import SNAPSHOTS_TAKEN, TIMER, SnapshotDue, SnapshotsTaken
+
+CONSUMER = "snapshotter"
+ACK_WAIT_SECONDS = 15.0
+KEEP_ALIVE_SECONDS = 5.0
+RETRY_SECONDS = 2.0
+CLOCK_SKEW_MAX = timedelta(seconds=5)  # between the replica whose timer published and this one
+
+shards_handled = Counter("snapshot_shards", "Shards handled, by outcome", ["outcome"])
+portfolios_stored = Counter("snapshot_portfolios", "Portfolio snapshots stored")
+positions_stored = Counter("snapshot_positions", "Position snapshots stored")
+shard_seconds = Histogram(
+    "snapshot_shard_seconds",
+    "Time to value and store a shard",
+    buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
+)
+last_slot = Gauge("snapshot_last_slot_timestamp_seconds", "The latest slot that was stored")
+
+log = logs.get_logger()
+
+
+async def run(database: Database, bus: Bus, interval: timedelta, stop: asyncio.Event) -> None:
+    """Handle due shards as the stream delivers them, one at a time, until `stop` is set."""
+    async for delivery in bus.consume(TIMER, durable=CONSUMER, ack_wait_seconds=ACK_WAIT_SECONDS, stop=stop):
+        await handle(database, bus, delivery, interval)
+
+
+async def handle(database: Database, bus: Bus, delivery: Delivery, interval: timedelta) -> None:
+    """Take the snapshots that one message asks for, and answer the message."""
+    try:
+        due = SnapshotDue.model_validate_json(delivery.payload)
+    except ValidationError as error:
+        shards_handled.labels("malformed").inc()
+        log.error(
+            "snapshot_message_malformed", reason=str(error.errors()[0]["msg"]), size=len(delivery.payload)
+        )
+        await delivery.discard()
+        return
+    reason = not_takeable(due.scheduled_at, clock.utc_now(), interval)
+    if reason:
+        shards_handled.labels("skipped").inc()
+        log.warning("snapshot_skipped", **_slot(due), reason=reason, deliveries=delivery.deliveries)
+        await delivery.acknowledge()
+        return
+    try:
+        async with _kept_alive(delivery):
+            taken = await take(database, bus, due, delivery.deliveries)
+    except (DatabaseUnavailable, SchemaMissing, BusUnavailable) as error:
+        shards_handled.labels("postponed").inc()
+        log.warning("snapshot_postponed", **_slot(due), reason=str(error), retry_seconds=RETRY_SECONDS)
+        await delivery.postpone(RETRY_SECONDS)
+        return
+    shards_handled.labels("taken" if taken.added else "duplicate").inc()
+    await delivery.acknowledge()
+
+
+async def take(database: Database, bus: Bus, due: SnapshotDue, deliveries: int) -> queries.ShardTaken:
+    """Store the shard's snapshots, then publish that they are there."""
+    began = time.monotonic()
+    taken = await queries.take_snapshots(database, due.scheduled_at, due.shard, due.shards)
+    seconds = time.monotonic() - began
+    shard_seconds.observe(seconds)
+    portfolios_stored.inc(taken.added)
+    if taken.added:
+        positions_stored.inc(taken.positions)
+    last_slot.set(due.scheduled_at.timestamp())
+    message = SnapshotsTaken(
+        scheduled_at=due.scheduled_at,
+        shard=due.shard,
+        shards=due.shards,
+        portfolios=taken.portfolios,
+        positions=taken.positions,
+        unpriced=taken.unpriced,
+    )
+    message_id = f"{due.scheduled_at.isoformat()}/{due.shard}/{due.shards}"
+    await bus.publish(Outgoing(SNAPSHOTS_TAKEN, message, message_id))
+    log.info(
+        "snapshots_taken",
+        **_slot(due),
+        portfolios=taken.portfolios,
+        positions=taken.positions,
+        unpriced=taken.unpriced,
+        added=taken.added,
+        deliveries=deliveries,
+        duration_ms=round(seconds * 1000),
+    )
+    return taken
+
+
+def not_takeable(scheduled_at: datetime, now: datetime, interval: timedelta) -> str | None:
+    """Say why a slot must not be stored at `now`: its prices are gone, or not there yet. None when it may."""
+    if now - scheduled_at >= interval:
+        return f"older than one interval of {interval.total_seconds():g} s: prices are no longer that slot's"
+    if scheduled_at - now > CLOCK_SKEW_MAX:
+        return "in the future"
+    return None
+
+
+@asynccontextmanager
+async def _kept_alive(delivery: Delivery) -> AsyncIterator[None]:
+    keeping = asyncio.create_task(delivery.keep_alive(KEEP_ALIVE_SECONDS))
+    try:  # not a TaskGroup: the block's own error must come out as it is
+        yield
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+
+
+def _slot(due: SnapshotDue) -> dict[str, object]:
+    return {"scheduled_at": due.scheduled_at.isoformat(), "shard": due.shard, "shards": due.shards}

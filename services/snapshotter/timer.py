@@ -1,0 +1,54 @@
+"""The timer: on every boundary, publish that each shard is due."""
+
+import asyncio
+from datetime import datetime, timedelta
+
+from prometheus_client import Counter
+
+from shared import clock, logs
+from shared.bus import Bus, Outgoing
+from shared.messages import SNAPSHOT_DUE, SnapshotDue
+
+RETRY_SECONDS = 1.0
+
+slots_announced = Counter("snapshot_slots_announced", "Slots whose shards were all published as due")
+slots_missed = Counter("snapshot_slots_missed", "Slots that could not be published before the next one")
+
+log = logs.get_logger()
+
+
+async def run(bus: Bus, interval: timedelta, shards: int, stop: asyncio.Event) -> None:
+    """Announce each slot when it is reached, beginning with the current one, until `stop` is set.
+
+    Beginning with the slot that is under way means that a restart across a boundary loses no slot; where a
+    replica has announced it already, the stream discards the copy.
+    """
+    await announce(bus, clock.last_boundary(clock.utc_now(), interval), interval, shards, stop)
+    async for scheduled_at in clock.aligned_ticks(interval, stop):
+        await announce(bus, scheduled_at, interval, shards, stop)
+
+
+async def announce(
+    bus: Bus, scheduled_at: datetime, interval: timedelta, shards: int, stop: asyncio.Event
+) -> None:
+    """Publish SnapshotDue for every shard, trying again while the slot is younger than one interval."""
+    waiting = [due(scheduled_at, shard, shards) for shard in range(shards)]
+    while not stop.is_set():
+        failed = await bus.publish_all(waiting)
+        if not failed:
+            slots_announced.inc()
+            return
+        waiting = [outgoing for outgoing, _ in failed]
+        if clock.utc_now() - scheduled_at >= interval:
+            slots_missed.inc()
+            log.error(
+                "slot_missed", scheduled_at=scheduled_at.isoformat(), shards=len(waiting), reason=failed[0][1]
+            )
+            return
+        await clock.wait_for_stop(stop, RETRY_SECONDS)
+
+
+def due(scheduled_at: datetime, shard: int, shards: int) -> Outgoing:
+    """The message that all replicas publish for a shard, of which the stream keeps one."""
+    message = SnapshotDue(scheduled_at=scheduled_at, shard=shard, shards=shards)
+    return Outgoing(SNAPSHOT_DUE, message, f"{scheduled_at.isoformat()}/{shard}/{shards}")

@@ -1,0 +1,312 @@
+"""The snapshotter on real PostgreSQL and NATS. Values are worked by hand."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+import asyncpg
+import nats
+import pytest
+
+from services.snapshotter import queries, snapshots, timer
+from shared.bus import Bus, Outgoing
+from shared.clock import last_boundary, utc_now
+from shared.database import Database
+from shared.messages import SNAPSHOT_DUE, TIMER, SnapshotDue, SnapshotsTaken
+from tests.factories import create_user, set_position, set_price
+from tests.waiting import eventually
+
+SLOT = datetime(2026, 3, 2, 15, 0, tzinfo=UTC)
+MINUTE = timedelta(minutes=1)
+
+
+async def stored(database: Database) -> list[tuple[object, ...]]:
+    rows = await database.fetch(
+        """
+        SELECT subject, timestamp, total_value, portfolio_snapshots.cash_balance, investment_value,
+            unpriced_positions, simulated
+        FROM portfolio_snapshots JOIN users ON users.id = user_id ORDER BY subject, timestamp
+        """
+    )
+    return [tuple(row) for row in rows]
+
+
+async def details(database: Database) -> list[tuple[object, ...]]:
+    rows = await database.fetch(
+        "SELECT ticker, shares, cost_basis, current_value, price_per_share FROM position_snapshots ORDER BY ticker"
+    )
+    return [tuple(row) for row in rows]
+
+
+async def test_snapshot_stores_the_seeds_example(database: Database) -> None:
+    await create_user(
+        database, cash="5000.50", positions={"AAPL": ("100", "15000"), "MSFT": ("250", "99000")}
+    )
+    await set_price(database, "AAPL", "175.00")
+    await set_price(database, "MSFT", "410.00")
+    taken = await queries.take_snapshots(database, SLOT, 0, 1)
+    assert taken == queries.ShardTaken(portfolios=1, positions=2, unpriced=0, added=1)
+    assert await stored(database) == [
+        ("demo", SLOT, Decimal("125000.50"), Decimal("5000.50"), Decimal("120000.00"), 0, False)
+    ]
+    assert await details(database) == [
+        ("AAPL", Decimal("100"), Decimal("15000.00"), Decimal("17500.00"), Decimal("175.0000")),
+        ("MSFT", Decimal("250"), Decimal("99000.00"), Decimal("102500.00"), Decimal("410.0000")),
+    ]
+
+
+async def test_each_position_is_rounded_so_that_the_parts_add_up(database: Database) -> None:
+    await create_user(database, positions=dict.fromkeys(("A", "B", "C"), ("0.335", "1")))
+    for name in ("A", "B", "C"):
+        await set_price(database, name, "1")
+    await queries.take_snapshots(database, SLOT, 0, 1)
+    assert (await stored(database))[0][2] == Decimal("1.02")
+    assert [row[3] for row in await details(database)] == [Decimal("0.34")] * 3
+
+
+async def test_unpriced_position_is_left_out_and_counted(database: Database) -> None:
+    await create_user(database, cash="10", positions={"AAPL": ("2", "1"), "UNKNOWN": ("5", "1")})
+    await set_price(database, "AAPL", "3.50")
+    taken = await queries.take_snapshots(database, SLOT, 0, 1)
+    assert taken == queries.ShardTaken(portfolios=1, positions=1, unpriced=1, added=1)
+    assert (await stored(database))[0][2:6] == (Decimal("17.00"), Decimal("10.00"), Decimal("7.00"), 1)
+
+
+async def test_every_active_user_has_a_snapshot_also_with_cash_only(database: Database) -> None:
+    await create_user(database, "with cash", cash="4000")
+    await create_user(database, "with nothing")
+    await create_user(database, "deactivated", cash="1", active=False)
+    await queries.take_snapshots(database, SLOT, 0, 1)
+    assert [(row[0], row[2]) for row in await stored(database)] == [
+        ("with cash", Decimal("4000.00")),
+        ("with nothing", Decimal("0.00")),
+    ]
+
+
+async def test_sold_position_is_not_stored(database: Database) -> None:
+    await create_user(database, positions={"AAPL": ("0", "0")})
+    await set_price(database, "AAPL", "3.50")
+    assert (await queries.take_snapshots(database, SLOT, 0, 1)).positions == 0
+
+
+async def test_simulated_prices_mark_the_snapshot(database: Database) -> None:
+    await create_user(database, positions={"AAPL": ("1", "1")})
+    await set_price(database, "AAPL", "3.50", feed="simulated")
+    await queries.take_snapshots(database, SLOT, 0, 1)
+    assert (await stored(database))[0][6] is True
+
+
+async def test_position_beyond_belief_is_unpriced_and_harms_nobody_else(database: Database) -> None:
+    await create_user(database, "absurd", positions={"DEAR": ("99999999999", "1")})
+    await create_user(database, "plain", positions={"DEAR": ("1", "1")})
+    await set_price(database, "DEAR", "99999999999.9999")
+    await queries.take_snapshots(database, SLOT, 0, 1)
+    assert [(row[0], row[2], row[5]) for row in await stored(database)] == [
+        ("absurd", Decimal("0.00"), 1),
+        ("plain", Decimal("100000000000.00"), 0),
+    ]
+
+
+async def test_second_delivery_changes_nothing_and_tells_what_is_stored(database: Database) -> None:
+    user_id = await create_user(database, positions={"AAPL": ("2", "1"), "NONE": ("1", "1")})
+    await set_price(database, "AAPL", "10")
+    await queries.take_snapshots(database, SLOT, 0, 1)
+    before = await stored(database), await details(database)
+    await set_price(database, "AAPL", "99")
+    await set_position(database, user_id, "AAPL", "7")
+    again = await queries.take_snapshots(database, SLOT, 0, 1)
+    assert again == queries.ShardTaken(portfolios=1, positions=1, unpriced=1, added=0)
+    assert (await stored(database), await details(database)) == before
+
+
+async def test_replicas_at_once_store_each_portfolio_once(database: Database) -> None:
+    for number in range(50):
+        await create_user(database, f"user {number}", positions={"AAPL": ("1", "1")})
+    await set_price(database, "AAPL", "10")
+    taken = await asyncio.gather(*(queries.take_snapshots(database, SLOT, 0, 1) for _ in range(4)))
+    assert sum(replica.added for replica in taken) == 50
+    assert len(await stored(database)) == 50
+    assert len(await details(database)) == 50
+
+
+async def test_shards_divide_the_users_without_gap_or_overlap(database: Database) -> None:
+    for number in range(20):
+        await create_user(database, f"user {number}", cash="1")
+    taken = [await queries.take_snapshots(database, SLOT, shard, 3) for shard in range(3)]
+    assert sum(part.added for part in taken) == 20
+    assert all(part.added > 0 for part in taken)
+
+
+async def test_details_go_with_their_snapshot_and_all_with_the_user(database: Database) -> None:
+    for name in ("keeps", "leaves"):
+        await create_user(database, name, positions={"AAPL": ("1", "1")})
+    await set_price(database, "AAPL", "10")
+    for minutes in range(2):
+        await queries.take_snapshots(database, SLOT + minutes * MINUTE, 0, 1)
+    await database.fetch("DELETE FROM users WHERE subject = 'leaves'")
+    assert {row[0] for row in await stored(database)} == {"keeps"}
+    assert len(await details(database)) == 2
+    await database.fetch("DELETE FROM portfolio_snapshots WHERE timestamp = $1", SLOT)
+    assert len(await details(database)) == 1
+
+
+async def test_one_user_with_ten_thousand_positions_is_one_snapshot(database: Database) -> None:
+    user_id = await create_user(database)
+    await database.fetch(
+        "INSERT INTO positions SELECT $1, 'S' || n, 1, 1 FROM generate_series(1, 10000) AS n", user_id
+    )
+    await database.fetch(
+        "INSERT INTO asset_prices SELECT 'S' || n, 0.01, now(), now(), now(), 'iex' FROM generate_series(1, 10000) AS n"
+    )
+    taken = await queries.take_snapshots(database, SLOT, 0, 1)
+    assert (taken.positions, (await stored(database))[0][2]) == (10_000, Decimal("100.00"))
+
+
+# ---- which slots may be stored -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds_ago", "takeable"),
+    [(0, True), (299, True), (300, False), (86_400, False), (-4, True), (-60, False)],
+)
+def test_slot_is_taken_only_while_its_prices_are_the_current_ones(seconds_ago: int, takeable: bool) -> None:
+    reason = snapshots.not_takeable(SLOT, SLOT + timedelta(seconds=seconds_ago), timedelta(minutes=5))
+    assert (reason is None) == takeable
+
+
+# ---- with the bus --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def heard(nats_url: str) -> Callable[[], Awaitable[list[SnapshotsTaken]]]:
+    """What has been published on the subject of taken snapshots."""
+
+    async def read() -> list[SnapshotsTaken]:
+        client = await nats.connect(nats_url)
+        try:
+            state = (await client.jetstream().stream_info("PORTFOLIO")).state
+            messages = [
+                await client.jetstream().get_msg("PORTFOLIO", sequence)
+                for sequence in range(max(state.first_seq, 1), state.last_seq + 1)
+            ]
+        finally:
+            await client.close()
+        return [SnapshotsTaken.model_validate_json(message.data or b"") for message in messages]
+
+    return read
+
+
+async def test_due_shard_is_stored_published_and_acknowledged(
+    database: Database, bus: Bus, nats_url: str, heard: Callable[[], Awaitable[list[SnapshotsTaken]]]
+) -> None:
+    await create_user(database, cash="5", positions={"AAPL": ("2", "1"), "NONE": ("2", "1")})
+    await set_price(database, "AAPL", "10")
+    stop = asyncio.Event()
+    working = asyncio.create_task(snapshots.run(database, bus, MINUTE, stop))
+    at = last_boundary(utc_now(), timedelta(seconds=1))
+    await bus.publish(timer.due(at, 0, 1))
+
+    async def is_published() -> list[SnapshotsTaken]:
+        return await heard()
+
+    assert await eventually(is_published) == [
+        SnapshotsTaken(scheduled_at=at, shard=0, shards=1, portfolios=1, positions=1, unpriced=1)
+    ]
+    assert [(row[1], row[2]) for row in await stored(database)] == [(at, Decimal("25.00"))]
+    client = await nats.connect(nats_url)
+
+    async def is_acknowledged() -> bool:
+        info = await client.jetstream().consumer_info(TIMER.name, snapshots.CONSUMER)
+        return bool(info.num_ack_pending == 0 and info.num_pending == 0)
+
+    assert await eventually(is_acknowledged)
+    await client.close()
+    stop.set()
+    await working
+
+
+async def test_replicas_timers_make_one_message_per_shard(bus: Bus, nats_url: str) -> None:
+    stop = asyncio.Event()
+    at = last_boundary(utc_now(), MINUTE)
+    await asyncio.gather(*(timer.announce(bus, at, MINUTE, 4, stop) for _ in range(3)))
+    client = await nats.connect(nats_url)
+    assert (await client.jetstream().stream_info(TIMER.name)).state.messages == 4
+    await client.close()
+
+
+async def test_timer_begins_with_the_slot_that_is_under_way(bus: Bus, nats_url: str) -> None:
+    stop = asyncio.Event()
+    interval = timedelta(hours=1)
+    before = last_boundary(utc_now(), interval)
+    running = asyncio.create_task(timer.run(bus, interval, 1, stop))
+    client = await nats.connect(nats_url)
+
+    async def announced() -> SnapshotDue | None:
+        if not (await client.jetstream().stream_info(TIMER.name)).state.messages:
+            return None
+        message = await client.jetstream().get_last_msg(TIMER.name, SNAPSHOT_DUE)
+        return SnapshotDue.model_validate_json(message.data or b"")
+
+    due = await eventually(announced)
+    assert due is not None
+    assert before <= due.scheduled_at <= utc_now()
+    stop.set()
+    await running
+    await client.close()
+
+
+async def test_garbage_and_late_messages_are_put_aside_and_the_next_one_is_taken(
+    database: Database, bus: Bus, nats_url: str
+) -> None:
+    await create_user(database, cash="5")
+    client = await nats.connect(nats_url)
+    for payload in (b"", b"\xff\x00", b"[]", b'{"scheduled_at": "yesterday"}', b'{"shard": 5, "shards": 2}'):
+        await client.jetstream().publish(SNAPSHOT_DUE, payload)
+    now = utc_now()
+    await bus.publish(Outgoing(SNAPSHOT_DUE, SnapshotDue(scheduled_at=now - timedelta(days=3))))
+    await bus.publish(Outgoing(SNAPSHOT_DUE, SnapshotDue(scheduled_at=now + timedelta(days=3))))
+    await bus.publish(Outgoing(SNAPSHOT_DUE, SnapshotDue(scheduled_at=now)))
+    stop = asyncio.Event()
+    working = asyncio.create_task(snapshots.run(database, bus, MINUTE, stop))
+
+    async def is_empty() -> bool:
+        info = await client.jetstream().consumer_info(TIMER.name, snapshots.CONSUMER)
+        return info.num_ack_pending == 0 and info.num_pending == 0 and bool(await stored(database))
+
+    assert await eventually(is_empty)
+    assert [row[1] for row in await stored(database)] == [now]
+    stop.set()
+    await working
+    await client.close()
+
+
+async def test_shard_is_taken_after_the_database_was_away(
+    database_url: str, database: Database, bus: Bus
+) -> None:
+    await create_user(database, cash="5")
+    name = database_url.rsplit("/", 1)[1]
+    administrator = await asyncpg.connect(database_url.rsplit("/", 1)[0] + "/postgres")
+    await administrator.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+    await administrator.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", name
+    )
+    stop = asyncio.Event()
+    working = asyncio.create_task(snapshots.run(database, bus, MINUTE, stop))
+    at = utc_now()
+    await bus.publish(timer.due(at, 0, 1))
+    postponed = snapshots.shards_handled.labels("postponed")._value
+
+    async def is_postponed() -> bool:
+        return bool(postponed.get() >= 1)
+
+    await eventually(is_postponed)
+    await administrator.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+    async def is_stored() -> bool:
+        return [row[1] for row in await stored(database)] == [at]
+
+    assert await eventually(is_stored)
+    stop.set()
+    await working
+    await administrator.close()
