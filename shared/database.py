@@ -119,6 +119,14 @@ class Database:
             ):
                 yield connection
 
+    @property
+    def connections_open(self) -> int:
+        return self._pool.get_size()
+
+    @property
+    def connections_idle(self) -> int:
+        return self._pool.get_idle_size()
+
     async def check(self) -> str | None:
         """Return None when the database answers, else why not. For readiness."""
         try:
@@ -142,6 +150,10 @@ class Database:
         return None
 
 
+async def _leave_as_it_is(_: object) -> None:
+    """Reset nothing: single reading statements leave no lock, cursor, listener or setting behind."""
+
+
 @asynccontextmanager
 async def connect(
     url: str,
@@ -150,10 +162,12 @@ async def connect(
     connections_max: int,
     statement_timeout_seconds: float = 30.0,
     server_settings: Mapping[str, str] | None = None,
+    reads_only: bool = False,
 ) -> AsyncIterator[Database]:
     """Open a pool that connects when it is first used, so that a service can start before its database.
 
-    `statement_timeout_seconds` is the server's own bound, for statements whose client has gone.
+    `statement_timeout_seconds` is the server's own bound, for statements whose client has gone. With `reads_only`
+    the server refuses to write, and a connection goes back to the pool without the reset that costs a round trip.
     """
     pool = asyncpg.create_pool(
         url,
@@ -171,8 +185,10 @@ async def connect(
             "tcp_keepalives_idle": "10",
             "tcp_keepalives_interval": "5",
             "tcp_keepalives_count": "3",
+            **({"default_transaction_read_only": "on"} if reads_only else {}),
             **(server_settings or {}),
         },
+        reset=_leave_as_it_is if reads_only else None,
     )
     async with pool:
         try:
