@@ -105,6 +105,8 @@ class Bus:
         self._closed = asyncio.Event()
         self._problem = _NOT_CONNECTED
         self._keeping: asyncio.Task[None] | None = None
+        self.streams_found = 0
+        """How often the streams were found or made; when it grows, they may have lost what was in them."""
 
     async def __aenter__(self) -> Self:
         self._keeping = asyncio.create_task(self._keep_connected())
@@ -253,6 +255,7 @@ class Bus:
             self._say_problem(f"JetStream: {_reason(error)}")
             self._ready.clear()
             return False
+        self.streams_found += 1
         self._ready.set()
         return True
 

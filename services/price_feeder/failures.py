@@ -1,0 +1,48 @@
+"""Why a request to Alpaca brought no prices. Each text is one line that stays the same while the cause does."""
+
+from datetime import datetime
+
+
+class MarketDataError(Exception):
+    """A request brought no prices."""
+
+    outcome = "unavailable"
+    """How the request is counted."""
+
+
+class MarketDataUnavailable(MarketDataError):
+    """Alpaca did not answer, or with something that is not an answer; it may next time."""
+
+
+class BadRequest(MarketDataUnavailable):
+    """Alpaca refused the request as it is, most likely for one of its symbols."""
+
+    outcome = "refused"
+
+    def __init__(self, problem: str, message: str) -> None:
+        super().__init__(problem)
+        self.message = message
+
+
+class RateLimited(MarketDataError):
+    """Alpaca wants to be asked nothing until `retry_at`."""
+
+    outcome = "rate_limited"
+
+    def __init__(self, problem: str, retry_at: datetime) -> None:
+        super().__init__(problem)
+        self.retry_at = retry_at
+
+
+class Unauthorized(MarketDataError):
+    """Alpaca does not accept the key, or the key does not cover what was asked; someone must look."""
+
+    outcome = "unauthorized"
+
+
+class Unsent(Exception):
+    """The request stayed here: the budget is spent, or a pause is on, for the reason given as `pause`."""
+
+    def __init__(self, pause: MarketDataError | None) -> None:
+        super().__init__(str(pause or "the budget is spent"))
+        self.pause = pause

@@ -1,0 +1,112 @@
+"""Alpaca's latest trades, judged one by one: a `LastTrade`, or the reason why not. Pure."""
+
+import math
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from enum import StrEnum
+
+from shared.messages import AssetClass, asset_class
+from shared.money import PRICE_PLACES, rounded
+
+FUTURE_MAX = timedelta(minutes=5)
+"""How far a trade's time may be ahead of our clock."""
+
+EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)
+"""An earlier trade is an unset time of the sender."""
+
+PRICE_LIMIT = Decimal(10) ** 11
+"""The first price that NUMERIC(15,4) cannot hold."""
+
+SIMULATED = "simulated"
+"""The feed of a price that a market simulator made."""
+
+_EQUITY = re.compile(r"[A-Z0-9]+([.-][A-Z0-9]+)*", re.ASCII)
+_CRYPTO = re.compile(r"[A-Z0-9]+/(?P<quoted_in>[A-Z0-9]+)", re.ASCII)
+_DOLLARS = ("USD", "USDC", "USDT")
+_INSTANT_LENGTH_MAX = 40
+
+
+class Rejection(StrEnum):
+    """Why a held symbol gets no price in a round."""
+
+    NOT_A_SYMBOL = "not_a_symbol"
+    """Neither an equity nor a crypto pair by its form; never asked for."""
+    NOT_IN_DOLLARS = "not_in_dollars"
+    """A crypto pair quoted in something else; never asked for."""
+    REFUSED = "refused"
+    """Alpaca called the symbol invalid; asked again after a while."""
+    MISSING = "missing"
+    """Asked for, and not in the answer: unknown to this feed."""
+    NULL = "null"
+    MALFORMED = "malformed"
+    """Not the fields, types or time that a trade has."""
+    WITHDRAWN = "withdrawn"
+    """The venue cancelled or corrected the trade."""
+    NOT_POSITIVE = "not_positive"
+    TOO_LARGE = "too_large"
+    TOO_SMALL = "too_small"
+    """Rounds to 0.0000."""
+    FROM_THE_FUTURE = "from_the_future"
+
+
+@dataclass(frozen=True)
+class LastTrade:
+    """The most recent trade of a symbol, as a feed reports it; a `PriceTick` once the cache has numbered it."""
+
+    symbol: str
+    price: Decimal
+    traded_at: datetime
+    feed: str
+
+
+def symbol_problem(symbol: str) -> Rejection | None:
+    """Return why Alpaca need not be asked for `symbol`, or None."""
+    if asset_class(symbol) is AssetClass.EQUITY:
+        return None if _EQUITY.fullmatch(symbol) else Rejection.NOT_A_SYMBOL
+    pair = _CRYPTO.fullmatch(symbol)
+    if not pair:
+        return Rejection.NOT_A_SYMBOL
+    return None if pair["quoted_in"] in _DOLLARS else Rejection.NOT_IN_DOLLARS
+
+
+def last_trade(symbol: str, raw: object, *, feed: str, now: datetime) -> LastTrade | Rejection:
+    """Return the trade that Alpaca's JSON object `raw` describes, or what is wrong with it."""
+    if not isinstance(raw, dict):
+        return Rejection.NULL if raw is None else Rejection.MALFORMED
+    if raw.get("u") in ("canceled", "incorrect"):
+        return Rejection.WITHDRAWN
+    price = _price(raw.get("p"))
+    if isinstance(price, Rejection):
+        return price
+    traded_at = _instant(raw.get("t"), now)
+    return traded_at if isinstance(traded_at, Rejection) else LastTrade(symbol, price, traded_at, feed)
+
+
+def _price(raw: object) -> Decimal | Rejection:
+    if raw is None:
+        return Rejection.NULL
+    if isinstance(raw, bool) or not isinstance(raw, (int, float)) or math.isnan(raw):
+        return Rejection.MALFORMED
+    if raw <= 0:
+        return Rejection.NOT_POSITIVE
+    if raw >= PRICE_LIMIT:  # infinity too, which is how 1e400 arrives
+        return Rejection.TOO_LARGE
+    price = rounded(Decimal(str(raw)), PRICE_PLACES)
+    if price >= PRICE_LIMIT:
+        return Rejection.TOO_LARGE
+    return price if price > 0 else Rejection.TOO_SMALL
+
+
+def _instant(raw: object, now: datetime) -> datetime | Rejection:
+    """Read an RFC 3339 instant; digits beyond microseconds are cut, not rounded, so that none moves ahead."""
+    if not isinstance(raw, str) or len(raw) > _INSTANT_LENGTH_MAX:
+        return Rejection.MALFORMED
+    try:
+        instant = datetime.fromisoformat(raw)
+        if instant.tzinfo is None or instant < EARLIEST:
+            return Rejection.MALFORMED
+        return instant.astimezone(UTC) if instant <= now + FUTURE_MAX else Rejection.FROM_THE_FUTURE
+    except (ValueError, OverflowError):
+        return Rejection.MALFORMED
