@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from local.settings import free_port
+
 START_SECONDS_MAX = 30.0
 STOP_SECONDS_MAX = 15.0
 _POLL_SECONDS = 0.02
@@ -46,7 +48,7 @@ def postgres(folder: Path, *, settings: Mapping[str, str] | None = None) -> Iter
     The URL names the database `foliotick`, made on the first start. A second start finds the data again.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    password = _secret(folder / "password")
+    password = kept_secret(folder / "password")
     data = folder / "data"
     if not (data / "PG_VERSION").exists():
         _initialise_data(data, folder / "password")
@@ -64,7 +66,7 @@ def postgres(folder: Path, *, settings: Mapping[str, str] | None = None) -> Iter
 def nats_server(folder: Path) -> Iterator[Server]:
     """Run nats-server with JetStream, its data and log in `folder`, on a free port."""
     folder.mkdir(parents=True, exist_ok=True)
-    password = _secret(folder / "password")
+    password = kept_secret(folder / "password")
     for old in folder.glob("*.ports"):
         old.unlink()
     binary = Path(sys.executable).parent / "nats-server"
@@ -135,7 +137,7 @@ def _initialise_data(data: Path, password_file: Path) -> None:
 
 def _start_postgres(data: Path, log: Path, options: Mapping[str, str]) -> tuple[int, subprocess.Popen[bytes]]:
     for _ in range(3):  # another process may take the free port first
-        port = _free_port()
+        port = free_port()
         command = [_postgres_binary("postgres"), "-D", str(data), "-p", str(port)]
         for name, value in options.items():
             command += ["-c", f"{name}={value}"]
@@ -204,7 +206,7 @@ def _nats_port(folder: Path, process: subprocess.Popen[bytes], log: Path) -> int
 # ---- both ----------------------------------------------------------------------------------------
 
 
-def _secret(file: Path) -> str:
+def kept_secret(file: Path) -> str:
     """Return the secret kept in `file`, made on first use and readable by its owner alone."""
     if not file.exists():
         file.touch(mode=0o600)
@@ -235,13 +237,6 @@ def _stop(process: subprocess.Popen[bytes], request: signal.Signals) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
     process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _last_line(log: Path, *, containing: str = "") -> str:

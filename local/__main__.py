@@ -1,0 +1,115 @@
+"""`python -m local run | token SUBJECT | smoke`: the commands behind the Makefile."""
+
+import argparse
+import asyncio
+import json
+import sys
+
+from local import smoke
+from local.settings import LocalSettings, read_dotenv
+from local.system import Running, StartFailed, run, token
+from local.terminal import foreground, say
+from shared import logs, settings
+from shared.settings import SettingsError
+
+SCREEN = """
+Foliotick is running. {prices}
+
+  API     {url}   (described at {url}/api/openapi.json)
+  token   {token}
+          of the user demo; `make token USER=alice` prints another's
+  try it  curl -H 'Authorization: Bearer {token}' {url}/api/portfolio/current
+          curl -H 'Authorization: Bearer {token}' '{url}/api/portfolio/performance?timeframe=1M'
+  check   make smoke
+
+  database  {database_url}
+  bus       {nats_url}
+  health    {health}
+  logs      {logs}
+
+Ctrl-C stops everything; what is stored stays for the next run.
+"""
+
+
+def main() -> int:
+    read_dotenv()
+    arguments = _arguments()
+    try:
+        loaded = settings.load(LocalSettings)
+    except SettingsError as error:
+        return _failed(str(error), code=2)
+    logs.configure("local", "ERROR")
+    if arguments.command == "token":
+        return _print_token(loaded, arguments.subject)
+    if arguments.command == "smoke":
+        return _smoke(loaded, arguments)
+    say("starting Foliotick")
+    try:
+        with foreground():
+            asyncio.run(run(loaded, lambda running, demo_token: _show(loaded, running, demo_token)))
+    except StartFailed as error:
+        return _failed(str(error))
+    say("stopped")
+    return 0
+
+
+def _show(loaded: LocalSettings, running: Running, demo_token: str) -> None:
+    prices = (
+        "Prices are simulated: no ALPACA_API_KEY is set." if running.simulated else "Prices come from Alpaca."
+    )
+    health = "\n            ".join(f"{name:<17} {url}" for name, url in running.health_urls.items())
+    say(
+        SCREEN.format(
+            prices=prices,
+            url=running.url,
+            token=demo_token,
+            database_url=running.database_url,
+            nats_url=running.nats_url,
+            health=health,
+            logs=loaded.folder / "logs",
+        )
+    )
+
+
+def _print_token(loaded: LocalSettings, subject: str) -> int:
+    if not (loaded.folder / "jwt_secret").exists():
+        return _failed("there is no local system yet: `make run` makes one")
+    say(token(loaded.folder, subject))
+    return 0
+
+
+def _smoke(loaded: LocalSettings, arguments: argparse.Namespace) -> int:
+    url, bearer = arguments.url, arguments.token
+    health_urls: dict[str, str] = {}
+    state = loaded.folder / "running.json"
+    if not url:
+        try:
+            running = Running(**json.loads(state.read_text()))
+        except (OSError, ValueError, TypeError):
+            return _failed("no local system is running: `make run`, or give URL=… TOKEN=…")
+        url, health_urls = running.url, running.health_urls
+        bearer = bearer or token(loaded.folder, "demo")
+    if not bearer:
+        return _failed("TOKEN=… is needed with URL=…: a bearer token of a user of that system")
+    return asyncio.run(smoke.run(url, bearer, health_urls))
+
+
+def _failed(problem: str, *, code: int = 1) -> int:
+    sys.stderr.write(f"foliotick: {problem}\n")
+    return code
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m local", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("run", help="run the whole system until Ctrl-C")
+    minting = commands.add_parser("token", help="print a bearer token for a user of the local system")
+    minting.add_argument("subject")
+    asking = commands.add_parser("smoke", help="ask a running system what may be wrong with it")
+    asking.add_argument("--url", help="of the gateway, http://host:port; default: the local system's")
+    asking.add_argument("--token", help="a bearer token of a user of that system")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

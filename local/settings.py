@@ -1,0 +1,57 @@
+"""Settings of `make run`, and the environment that it gives to each service."""
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from dotenv import dotenv_values
+from pydantic import Field, SecretStr
+
+from shared.settings import LogSettings, Port
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What the local system decides itself, whatever `.env` says for containers.
+_OWN = ("DATABASE_URL", "NATS_URL", "JWT_SECRET", "JWT_JWKS_URL", "JWT_ISSUER", "JWT_AUDIENCE", "HEALTH_PORT")
+
+
+class LocalSettings(LogSettings):
+    local_data_dir: Path = Field(
+        default=Path(".foliotick"), description="Folder of `make run`: databases, logs, secrets."
+    )
+    gateway_host: str = Field(default="127.0.0.1", description="Address that the API listens on.")
+    gateway_port: Port = Field(default=8000, description="Port that the API listens on.")
+    alpaca_api_key: SecretStr | None = Field(
+        default=None, description="Key id of the Alpaca account; without one the market is simulated."
+    )
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / self.local_data_dir
+
+    @property
+    def simulated(self) -> bool:
+        return self.alpaca_api_key is None
+
+
+def read_dotenv() -> None:
+    """Add what `.env` sets and the environment does not."""
+    for name, value in dotenv_values(ROOT / ".env").items():
+        if value and name not in os.environ:
+            os.environ[name] = value
+
+
+def service_environment(own: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for a service: ours, less what `make run` decides itself, and `own`."""
+    decided = {name for setting in _OWN for name in (setting, f"{setting}_FILE")}
+    inherited = {name: value for name, value in os.environ.items() if name not in decided}
+    return {**inherited, "PYTHONUNBUFFERED": "1", **own}
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
