@@ -2,6 +2,9 @@
 .DEFAULT_GOAL := help
 .PHONY: help run token smoke test check format bench up down lock openapi clean
 
+# Compiled modules are kept, else every start would compile pandas anew.
+export PYTHONDONTWRITEBYTECODE =
+
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
