@@ -26,6 +26,8 @@ from shared.messages import AssetClass, asset_class
 
 BATCH_SIZE_MAX = 100
 THREADS = 4
+REQUEST_SECONDS_MAX = 5.0
+"""From connecting to the last byte of the answer, however slowly the bytes come."""
 SIMULATED_HEADER = "X-Market-Simulated"
 
 REPAIRS_MAX = 20
@@ -53,7 +55,14 @@ class MarketData:
     """Alpaca's last trades of equities and crypto. Use as an async context manager."""
 
     def __init__(
-        self, *, api_key: str, secret_key: str, url: str, feed: str, requests_per_minute: int
+        self,
+        *,
+        api_key: str,
+        secret_key: str,
+        url: str,
+        feed: str,
+        requests_per_minute: int,
+        request_seconds_max: float = REQUEST_SECONDS_MAX,
     ) -> None:
         self._feed = feed
         self._budget = RateBudget(requests_per_minute)
@@ -64,7 +73,10 @@ class MarketData:
         self._stocks = StockHistoricalDataClient(api_key, secret_key, raw_data=True, url_override=url)
         self._crypto = CryptoHistoricalDataClient(api_key, secret_key, raw_data=True, url_override=url)
         pause = Pause()
-        self._doors = {kind: Door(self._budget, pause, connections_max=THREADS) for kind in AssetClass}
+        self._doors = {
+            kind: Door(self._budget, pause, connections_max=THREADS, request_seconds_max=request_seconds_max)
+            for kind in AssetClass
+        }
         for client, kind in ((self._stocks, AssetClass.EQUITY), (self._crypto, AssetClass.CRYPTO)):
             client._retry = 0  # its own retries sleep in the thread and ignore Retry-After
             client._session.trust_env = urlsplit(url).hostname not in _LOOPBACK  # no proxy leads there

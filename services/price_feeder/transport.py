@@ -34,8 +34,6 @@ from services.price_feeder.failures import (
 from shared import clock
 
 CONNECT_SECONDS_MAX = 3.0
-REQUEST_SECONDS_MAX = 5.0
-"""From connecting to the last byte of the answer, however slowly the bytes come."""
 BODY_BYTES_MAX = 16 * 1024 * 1024
 """Bound of an answer as it is sent, and of what it is unpacked to; 100 trades are 15 KB."""
 UNAUTHORIZED_PAUSE = timedelta(seconds=60)
@@ -71,11 +69,14 @@ class Door(HTTPAdapter):
     `shared_pause` holds for all doors (too many requests, a wrong key), its own for this one (not in the plan).
     """
 
-    def __init__(self, budget: RateBudget, shared_pause: Pause, *, connections_max: int) -> None:
+    def __init__(
+        self, budget: RateBudget, shared_pause: Pause, *, connections_max: int, request_seconds_max: float
+    ) -> None:
         self._budget = budget
         self._shared_pause = shared_pause
         self._pause = Pause()
         self._this_thread = threading.local()
+        self._seconds_max = request_seconds_max
         super().__init__(pool_connections=1, pool_maxsize=connections_max, max_retries=0)
 
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
@@ -107,11 +108,11 @@ class Door(HTTPAdapter):
             raise Unsent(pause)
         self._this_thread.requests = 1
         try:
-            bounds = Timeout(connect=CONNECT_SECONDS_MAX, total=REQUEST_SECONDS_MAX)
+            bounds = Timeout(connect=CONNECT_SECONDS_MAX, total=self._seconds_max)
             response = super().send(request, **(options | {"stream": True, "timeout": bounds}))
             body = _body(response)
         except (RequestException, HTTPError, http.client.HTTPException, OSError) as error:
-            raise MarketDataUnavailable(_cause(error)) from error
+            raise MarketDataUnavailable(_cause(error, self._seconds_max)) from error
         finally:
             self._budget.end(time.monotonic())
         if response.status_code != 200:
@@ -150,7 +151,7 @@ class _BoundedReader(io.RawIOBase):
         self._sock = sock
         self._raw = raw
         # urllib3 has just set the socket's timeout to what is left of the request's total time.
-        self._deadline = time.monotonic() + (sock.gettimeout() or REQUEST_SECONDS_MAX)
+        self._deadline = time.monotonic() + (sock.gettimeout() or CONNECT_SECONDS_MAX)
         self._bytes_left = BODY_BYTES_MAX
 
     def readable(self) -> bool:
@@ -226,12 +227,12 @@ def _message(body: bytes) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def _cause(error: BaseException) -> str:
+def _cause(error: BaseException, seconds_max: float) -> str:
     """Return the innermost cause in words, without the addresses and URLs that the outer ones are full of."""
     while (inner := error.__cause__ or error.__context__) and not isinstance(error, TimeoutError):
         error = inner
     if isinstance(error, TimeoutError):
-        return f"no complete answer within {REQUEST_SECONDS_MAX:g} s"
+        return f"no complete answer within {seconds_max:g} s"
     if isinstance(error, http.client.IncompleteRead):
         return "the answer was cut off"
     return getattr(error, "strerror", None) or str(error)[:_PROBLEM_LENGTH_MAX] or type(error).__name__

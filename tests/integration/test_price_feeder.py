@@ -1,0 +1,493 @@
+"""The price feeder on real PostgreSQL and NATS, with prices from a hand-written Alpaca."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import nats
+import pytest
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext
+
+from local.servers import nats_server
+from services.price_feeder import feed
+from services.price_feeder.feed import Feed
+from services.price_feeder.market_data import MarketData
+from services.price_feeder.queries import (
+    cached_price,
+    cached_prices,
+    held_symbols,
+    store_trades,
+)
+from services.price_feeder.trades import LastTrade
+from shared import database as databases
+from shared.bus import Bus
+from shared.clock import utc_now
+from shared.database import Database
+from shared.messages import FEED_STATUS, FeedStatus, PriceTick, price_subject
+from tests.factories import create_user, set_position, set_price
+from tests.integration.fake_alpaca import FakeAlpaca, answers, hangs, running_fake, trade
+from tests.waiting import eventually
+
+TEN = datetime(2026, 3, 2, 15, 0, 0, tzinfo=UTC)
+SECOND = timedelta(seconds=1)
+RECEIVED = datetime(2026, 3, 2, 15, 0, 30, tzinfo=UTC)
+
+
+@pytest.fixture
+async def alpaca() -> AsyncIterator[FakeAlpaca]:
+    async with running_fake() as fake:
+        yield fake
+
+
+def market_data(alpaca: FakeAlpaca) -> MarketData:
+    return MarketData(
+        api_key="key",
+        secret_key="secret",
+        url=alpaca.url,
+        feed="iex",
+        requests_per_minute=10_000,
+        request_seconds_max=1.0,
+    )
+
+
+@pytest.fixture
+async def market(alpaca: FakeAlpaca) -> AsyncIterator[MarketData]:
+    async with market_data(alpaca) as client:
+        yield client
+
+
+@pytest.fixture
+async def js(nats_url: str) -> AsyncIterator[JetStreamContext]:
+    client = await nats.connect(nats_url)
+    yield client.jetstream()
+    await client.close()
+
+
+async def last_tick(js: JetStreamContext, symbol: str) -> PriceTick:
+    message = await js.get_last_msg("PRICES", price_subject(symbol))
+    assert message.data is not None
+    return PriceTick.model_validate_json(message.data)
+
+
+async def published(js: JetStreamContext) -> int:
+    """How many ticks the stream has ever taken."""
+    return (await js.stream_info("PRICES")).state.last_seq
+
+
+async def last_status(js: JetStreamContext) -> FeedStatus:
+    message = await js.get_last_msg("FEED", FEED_STATUS)
+    assert message.data is not None
+    return FeedStatus.model_validate_json(message.data)
+
+
+def last(price: str, at: datetime, symbol: str = "AAPL", source: str = "iex") -> LastTrade:
+    return LastTrade(symbol, Decimal(price), at, source)
+
+
+# ---- the cache -----------------------------------------------------------------------------------
+
+
+async def test_held_symbols_are_each_named_once_least_recently_confirmed_first(database: Database) -> None:
+    await create_user(
+        database, "demo", positions={"AAPL": ("1", "1"), "BRK.B": ("2.5", "1"), "SOLD": ("0", "0")}
+    )
+    await create_user(database, "alice", positions={"AAPL": ("3", "1"), "BTC/USD": ("0.000000001", "1")})
+    await set_price(database, "AAPL", "200", age=timedelta(minutes=2))
+    await set_price(database, "BTC/USD", "29791", age=timedelta(minutes=3))
+    await set_price(database, "MSFT", "400")
+    assert await held_symbols(database) == ["BRK.B", "BTC/USD", "AAPL"]
+
+
+async def test_nobody_holds_anything(database: Database) -> None:
+    assert await held_symbols(database) == []
+    assert (await store_trades(database, [], RECEIVED)).confirmed == 0
+
+
+async def test_newer_trade_replaces_the_cached_one(database: Database) -> None:
+    await store_trades(database, [last("200.5000", TEN)], RECEIVED)
+    stored = await store_trades(database, [last("201.0000", TEN + SECOND)], RECEIVED + SECOND)
+    (tick,) = stored.changed
+    assert tick == PriceTick(
+        symbol="AAPL",
+        price=Decimal("201.0000"),
+        traded_at=TEN + SECOND,
+        received_at=RECEIVED + SECOND,
+        feed="iex",
+        sequence=2,
+    )
+    cached = await cached_price(database, "AAPL")
+    assert cached
+    assert (cached.tick, cached.confirmed_at) == (tick, RECEIVED + SECOND)
+
+
+async def test_older_trade_changes_and_confirms_nothing(database: Database) -> None:
+    await store_trades(database, [last("200.5000", TEN)], RECEIVED)
+    before = await cached_price(database, "AAPL")
+    stored = await store_trades(database, [last("150.0000", TEN - SECOND)], RECEIVED + SECOND)
+    assert (stored.changed, stored.confirmed) == ((), 0)
+    assert await cached_price(database, "AAPL") == before
+
+
+@pytest.mark.parametrize("price", ["200.5000", "201.0000"])
+async def test_trade_of_the_same_instant_confirms_and_changes_nothing(database: Database, price: str) -> None:
+    first = await store_trades(database, [last("200.5000", TEN)], RECEIVED)
+    stored = await store_trades(database, [last(price, TEN)], RECEIVED + SECOND)
+    assert (stored.changed, stored.confirmed) == ((), 1)
+    cached = await cached_price(database, "AAPL")
+    assert cached
+    assert (cached.tick, cached.confirmed_at) == (first.changed[0], RECEIVED + SECOND)
+
+
+async def test_confirmation_never_moves_back(database: Database) -> None:
+    await store_trades(database, [last("200.5000", TEN)], RECEIVED)
+    await store_trades(database, [last("201.0000", TEN + SECOND)], RECEIVED - SECOND)
+    cached = await cached_price(database, "AAPL")
+    assert cached
+    assert (cached.tick.sequence, cached.confirmed_at) == (2, RECEIVED)
+
+
+@pytest.mark.parametrize(("before", "after"), [("simulated", "iex"), ("iex", "simulated")])
+async def test_real_and_simulated_prices_replace_each_other_whatever_their_times(
+    database: Database, before: str, after: str
+) -> None:
+    await store_trades(database, [last("200.5000", TEN, source=before)], RECEIVED)
+    stored = await store_trades(
+        database, [last("44.1000", TEN - 999 * SECOND, source=after)], RECEIVED + SECOND
+    )
+    assert [(str(tick.price), tick.feed, tick.sequence) for tick in stored.changed] == [("44.1000", after, 2)]
+
+
+async def test_older_price_of_another_real_feed_does_not_replace_a_newer_one(database: Database) -> None:
+    await store_trades(database, [last("200.5000", TEN, source="sip")], RECEIVED)
+    stored = await store_trades(database, [last("199.0000", TEN - SECOND, source="iex")], RECEIVED)
+    assert stored.changed == ()
+
+
+async def test_storing_twice_reports_the_same_changes(database: Database) -> None:
+    """A statement is sent again when its connection was lost, and the first may have been committed."""
+    batch = [last("200.5000", TEN), last("29791.0000", TEN, "BTC/USD", "us")]
+    first = await store_trades(database, batch, RECEIVED)
+    assert await store_trades(database, batch, RECEIVED) == first
+    assert [tick.symbol for tick in first.changed] == ["AAPL", "BTC/USD"]
+
+
+async def test_many_writers_of_the_same_symbols_do_not_deadlock(database: Database) -> None:
+    symbols = [f"S{number}" for number in range(200)]
+    writers = []
+    for turn in range(12):
+        batch = [last("10.0000", TEN + turn * SECOND, symbol) for symbol in symbols]
+        writers.append(store_trades(database, batch[::-1] if turn % 2 else batch, RECEIVED + turn * SECOND))
+    await asyncio.gather(*writers)
+    cached = await cached_prices(database, symbols)
+    assert {price.tick.traded_at for price in cached.values()} == {TEN + 11 * SECOND}
+
+
+async def test_cached_prices_are_those_asked_for(database: Database) -> None:
+    await set_price(database, "AAPL", "200.5")
+    await set_price(database, "MSFT", "400")
+    assert list(await cached_prices(database, ["AAPL", "NONE"])) == ["AAPL"]
+    assert await cached_price(database, "NONE") is None
+
+
+# ---- a round -------------------------------------------------------------------------------------
+
+
+async def test_round_caches_prices_and_publishes_each_as_the_last_of_its_subject(
+    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData, js: JetStreamContext
+) -> None:
+    held = {"AAPL": ("1", "1"), "BRK.B": ("1", "1"), "BTC/USD": ("1", "1")}
+    await create_user(database, positions=held)
+    alpaca.trades = {"AAPL": trade("200.5"), "BRK.B": trade("412.3"), "BTC/USD": trade("29791")}
+    done = await Feed(database, bus, market).take_round(asyncio.Event())
+    assert (done.outcome, done.symbols, done.confirmed, done.changed) == ("ok", 3, 3, 3)
+    for symbol, price in (("AAPL", "200.5000"), ("BRK.B", "412.3000"), ("BTC/USD", "29791.0000")):
+        tick = await last_tick(js, symbol)
+        assert (tick.symbol, str(tick.price), tick.sequence) == (symbol, price, 1)
+        cached = await cached_price(database, symbol)
+        assert cached
+        assert cached.tick == tick
+    subjects = (await js.stream_info("PRICES", subjects_filter=">")).state.subjects
+    assert subjects
+    assert set(subjects) == {
+        "prices.v1.equity.AAPL",
+        "prices.v1.equity.BRK_2EB",
+        "prices.v1.crypto.BTC_2FUSD",
+    }
+
+
+async def test_only_changes_are_published(
+    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData, js: JetStreamContext
+) -> None:
+    await create_user(database, positions={"AAPL": ("1", "1"), "MSFT": ("1", "1")})
+    alpaca.trades = {
+        "AAPL": trade("200.5", "2026-03-02T15:00:00Z"),
+        "MSFT": trade("400", "2026-03-02T15:00:00Z"),
+    }
+    feeder = Feed(database, bus, market)
+    await feeder.take_round(asyncio.Event())
+    assert await published(js) == 2
+    assert (await feeder.take_round(asyncio.Event())).changed == 0
+    alpaca.trades["AAPL"] = trade("199", "2026-03-02T14:00:00Z")
+    assert (await feeder.take_round(asyncio.Event())).changed == 0
+    assert await published(js) == 2
+    alpaca.trades["AAPL"] = trade("201", "2026-03-02T15:00:01Z")
+    done = await feeder.take_round(asyncio.Event())
+    assert (done.changed, done.unpublished) == (1, 0)
+    assert await published(js) == 3
+    assert str((await last_tick(js, "AAPL")).price) == "201.0000"
+
+
+async def test_tick_that_is_heard_is_found_in_the_table(
+    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData, nats_url: str
+) -> None:
+    await create_user(database, positions={"AAPL": ("1", "1")})
+    compared: list[tuple[int, int]] = []
+    listener = await nats.connect(nats_url)
+
+    async def compare(message: Msg) -> None:
+        tick = PriceTick.model_validate_json(message.data)
+        cached = await cached_price(database, tick.symbol)
+        compared.append((tick.sequence, cached.tick.sequence if cached else 0))
+
+    await listener.subscribe("prices.v1.>", cb=compare)
+    await listener.flush()
+    feeder = Feed(database, bus, market)
+    for second in range(20):
+        alpaca.trades = {"AAPL": trade(f"{200 + second}", f"2026-03-02T15:00:{second:02}Z")}
+        await feeder.take_round(asyncio.Event())
+
+    async def all_heard() -> bool:
+        return len(compared) == 20
+
+    await eventually(all_heard)
+    await listener.close()
+    assert [heard for heard, _ in compared] == list(range(1, 21))
+    assert all(found >= heard for heard, found in compared)
+
+
+async def test_absurd_and_missing_prices_do_not_cost_the_others(
+    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData
+) -> None:
+    held = ("AAPL", "HUGE", "NULL", "GONE", "ODD~SYMBOL")
+    await create_user(database, positions=dict.fromkeys(held, ("1", "1")))
+    await set_price(database, "HUGE", "12.5", age=timedelta(minutes=1))
+    alpaca.trades = {"AAPL": trade("200.5"), "HUGE": trade("1e400"), "NULL": "null"}
+    done = await Feed(database, bus, market).take_round(asyncio.Event())
+    assert (done.outcome, done.symbols, done.confirmed, done.rejected) == ("ok", 5, 1, 4)
+    cached = await cached_prices(database, held)
+    assert {symbol: str(price.tick.price) for symbol, price in cached.items()} == {
+        "AAPL": "200.5000",
+        "HUGE": "12.5000",
+    }
+
+
+async def test_failing_market_keeps_the_old_prices_and_the_next_round_heals(
+    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData
+) -> None:
+    await create_user(database, positions={"AAPL": ("1", "1")})
+    await set_price(database, "AAPL", "190", traded_at=TEN - SECOND)
+    alpaca.trades = {"AAPL": trade("200.5")}
+    alpaca.fault = answers("502 Bad Gateway", "<html><title>502 Bad Gateway</title></html>")
+    feeder = Feed(database, bus, market)
+    done = await feeder.take_round(asyncio.Event())
+    assert (done.outcome, done.problem) == ("failed", "answered 502: 502 Bad Gateway")
+    cached = await cached_price(database, "AAPL")
+    assert cached
+    assert str(cached.tick.price) == "190.0000"
+    alpaca.fault = None
+    assert (await feeder.take_round(asyncio.Event())).changed == 1
+
+
+async def test_simulated_prices_are_labelled_on_the_bus_and_in_the_table(
+    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData, js: JetStreamContext
+) -> None:
+    await create_user(database, positions={"AAPL": ("1", "1")})
+    alpaca.headers = {"X-Market-Simulated": "true"}
+    alpaca.trades = {"AAPL": trade("200.5")}
+    assert (await Feed(database, bus, market).take_round(asyncio.Event())).simulated
+    assert (await last_tick(js, "AAPL")).feed == "simulated"
+
+
+# ---- status --------------------------------------------------------------------------------------
+
+
+async def test_status_follows_the_confirmation_of_prices(
+    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData, js: JetStreamContext
+) -> None:
+    await create_user(database, positions={"AAPL": ("1", "1")})
+    await set_price(database, "AAPL", "190", age=timedelta(minutes=6))
+    alpaca.fault = answers("500 Internal Server Error", "")
+    feeder = Feed(database, bus, market)
+    await feeder.take_round(asyncio.Event())
+    status = await last_status(js)
+    assert (status.state, status.detail) == ("stale", "answered 500")
+    alpaca.fault = None
+    alpaca.trades = {"AAPL": trade("200.5", utc_now().isoformat())}
+    await feeder.take_round(asyncio.Event())
+    assert (await last_status(js)).state == "polling"
+    alpaca.fault = answers("500 Internal Server Error", "")
+    await feeder.take_round(asyncio.Event())
+    assert (await last_status(js)).state == "polling"  # confirmed less than 5 minutes ago
+    await feeder.say_stopped()
+    assert (await last_status(js)).state == "stopped"
+    assert (await js.stream_info("FEED")).state.last_seq == 3
+
+
+async def test_nothing_held_is_no_failure(
+    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData, js: JetStreamContext
+) -> None:
+    assert (await Feed(database, bus, market).take_round(asyncio.Event())).outcome == "idle"
+    assert (await last_status(js)).state == "polling"
+    assert alpaca.asked == []
+
+
+# ---- outages -------------------------------------------------------------------------------------
+
+
+async def test_new_process_publishes_what_the_killed_one_only_cached(
+    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData, js: JetStreamContext
+) -> None:
+    await create_user(database, positions={"AAPL": ("1", "1"), "GONE": ("1", "1")})
+    await set_price(database, "AAPL", "200.5", traded_at=TEN)
+    await set_price(database, "GONE", "7.25", traded_at=TEN)
+    await set_price(database, "UNHELD", "1", traded_at=TEN)
+    alpaca.trades = {"AAPL": trade("201", "2026-03-02T15:00:01Z")}
+    await Feed(database, bus, market).take_round(asyncio.Event())
+    assert str((await last_tick(js, "AAPL")).price) == "201.0000"
+    assert str((await last_tick(js, "GONE")).price) == "7.2500"
+    assert await published(js) == 2
+    await Feed(database, bus, market).take_round(asyncio.Event())
+    assert await published(js) == 2  # the stream drops the second copies
+
+
+async def test_outage_of_nats_does_not_stop_the_cache_and_is_healed(
+    database: Database, alpaca: FakeAlpaca, market: MarketData, tmp_path: Path
+) -> None:
+    """Also when the server comes back with an empty disk."""
+    await create_user(database, positions={"AAPL": ("1", "1"), "QUIET": ("1", "1")})
+    alpaca.trades = {"AAPL": trade("200", "2026-03-02T15:00:00Z"), "QUIET": trade("7.25")}
+    with nats_server(tmp_path / "first") as server:
+        url = server.url
+        async with Bus(url, name="tests") as bus:
+            feeder = Feed(database, bus, market)
+            assert await bus.wait_until_ready(asyncio.Event())
+            assert (await feeder.take_round(asyncio.Event())).unpublished == 0
+            server.process.kill()
+            server.process.wait()
+            alpaca.trades["AAPL"] = trade("201", "2026-03-02T15:00:01Z")
+            assert (await feeder.take_round(asyncio.Event())).unpublished == 1
+            cached = await cached_price(database, "AAPL")
+            assert cached
+            assert str(cached.tick.price) == "201.0000"
+            with empty_nats_at(url, tmp_path / "second"):
+
+                async def is_healed() -> bool:
+                    return (await feeder.take_round(asyncio.Event())).unpublished == 0
+
+                await eventually(is_healed, every=0.1)
+                client = await nats.connect(url)
+                js = client.jetstream()
+                assert (await last_tick(js, "AAPL")).sequence == 2
+                assert str((await last_tick(js, "QUIET")).price) == "7.2500"
+                assert (await last_status(js)).state == "polling"
+                await client.close()
+
+
+@contextmanager
+def empty_nats_at(url: str, folder: Path) -> Iterator[None]:
+    """Run a nats-server without any data where another one was."""
+    address = urlsplit(url)
+    assert address.username
+    assert address.password
+    command = [str(Path(sys.executable).parent / "nats-server"), "-a", "127.0.0.1", "-p", str(address.port)]
+    command += ["-js", "-sd", str(folder), "--user", address.username, "--pass", address.password]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+async def test_database_away_is_survived_and_said(bus: Bus, market: MarketData) -> None:
+    url = "postgresql://u:p@127.0.0.1:9/none"
+    async with databases.connect(url, application_name="tests", connections_max=1) as unreachable:
+        done = await Feed(unreachable, bus, market).take_round(asyncio.Event())
+    assert done.outcome == "unstored"
+    assert done.problem
+    assert done.problem.startswith("database: ")
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+
+async def test_loop_takes_a_round_at_once_and_then_on_every_boundary_until_stopped(
+    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData, js: JetStreamContext
+) -> None:
+    await create_user(database, positions={"AAPL": ("1", "1")})
+    stop = asyncio.Event()
+    running = asyncio.create_task(feed.run(database, bus, market, timedelta(seconds=0.5), stop))
+
+    async def is_asked_often() -> bool:
+        return len(alpaca.asked) >= 4
+
+    await eventually(is_asked_often)
+    stop.set()
+    await asyncio.wait_for(running, 2)
+    gaps = [later.at - earlier.at for earlier, later in zip(alpaca.asked[1:], alpaca.asked[2:], strict=False)]
+    assert all(0.3 < gap < 0.7 for gap in gaps)
+    assert (await last_status(js)).state == "stopped"
+
+
+async def test_loop_goes_on_through_a_hanging_market_and_stops_during_it(
+    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData
+) -> None:
+    user_id = await create_user(database, positions={"AAPL": ("1", "1")})
+    alpaca.fault = hangs
+    stop = asyncio.Event()
+    running = asyncio.create_task(feed.run(database, bus, market, timedelta(seconds=0.5), stop))
+
+    async def is_asked_twice() -> bool:
+        return len(alpaca.asked) >= 2
+
+    await eventually(is_asked_twice)
+    alpaca.fault = None
+    alpaca.trades = {"AAPL": trade("200.5"), "BRK.B": trade("412.3")}
+    await set_position(database, user_id, "BRK.B", "1")
+
+    async def both_are_priced() -> bool:
+        return len(await cached_prices(database, ["AAPL", "BRK.B"])) == 2
+
+    await eventually(both_are_priced)
+    alpaca.fault = hangs
+    asked = len(alpaca.asked)
+
+    async def is_asked_again() -> bool:
+        return len(alpaca.asked) > asked
+
+    await eventually(is_asked_again)
+    stop.set()
+    await asyncio.wait_for(running, 1)
+
+
+async def test_loop_does_not_wait_for_nats(
+    database: Database, alpaca: FakeAlpaca, market: MarketData
+) -> None:
+    await create_user(database, positions={"AAPL": ("1", "1")})
+    alpaca.trades = {"AAPL": trade("200.5")}
+    stop = asyncio.Event()
+    async with Bus("nats://127.0.0.1:9", name="tests") as unconnected:
+        running = asyncio.create_task(feed.run(database, unconnected, market, timedelta(seconds=60), stop))
+
+        async def is_priced() -> bool:
+            return await cached_price(database, "AAPL") is not None
+
+        await eventually(is_priced, timeout=5)
+        stop.set()
+        await asyncio.wait_for(running, 5)
