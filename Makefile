@@ -1,6 +1,6 @@
 # Commands of the project; `make` alone lists them. Everything runs from a virtual environment of its own.
 .DEFAULT_GOAL := help
-.PHONY: help run token smoke test check format bench up down lock openapi clean
+.PHONY: help run token smoke test check format bench env up down verify-compose lock openapi clean
 
 # Compiled modules are kept, else every start would compile pandas anew.
 export PYTHONDONTWRITEBYTECODE =
@@ -39,11 +39,19 @@ format: $(DEVELOPMENT) ## format the code
 bench: $(DEVELOPMENT) ## measure the performance goals
 	@exec $(BIN)/python -m bench $(ARGS)
 
-up: ## the system in containers (PROFILE=demo adds the market simulator and demo portfolios)
+env: .env ## write .env with random secrets, for docker compose; one that is there stays
+
+.env:
+	@umask 077 && ops/new-env > $@.unfinished && mv $@.unfinished $@ && echo "$@ made from .env.example, with secrets of its own"
+
+up: .env ## the system in containers (PROFILE=demo adds the market simulator and demo portfolios)
 	docker compose $(if $(PROFILE),--profile $(PROFILE)) up --build --detach --wait
 
-down: ## stop the containers; the data stays
+down: .env ## stop the containers; the data stays
 	docker compose --profile demo down
+
+verify-compose: $(DEVELOPMENT) ## build docker-compose.yml in a project of its own, ask it, remove it
+	@exec $(BIN)/python -m pytest -n0 tests/end_to_end/verify_compose.py $(ARGS)
 
 openapi: $(DEVELOPMENT) ## write docs/openapi.json from the response models
 	@exec $(BIN)/python -m services.api_gateway.openapi > docs/openapi.json
