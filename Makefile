@@ -1,6 +1,6 @@
 # Commands of the project; `make` alone lists them. Everything runs from a virtual environment of its own.
 .DEFAULT_GOAL := help
-.PHONY: help run token smoke test check format bench env up down verify-compose lock openapi clean
+.PHONY: help run token smoke test check format bench env up down verify lock openapi clean
 
 # Compiled modules are kept, else every start would compile pandas anew.
 export PYTHONDONTWRITEBYTECODE =
@@ -50,7 +50,7 @@ up: .env ## the system in containers (PROFILE=demo adds the market simulator and
 down: .env ## stop the containers; the data stays
 	docker compose --profile demo down
 
-verify-compose: $(DEVELOPMENT) ## build docker-compose.yml in a project of its own, ask it, remove it
+verify: $(DEVELOPMENT) ## build docker-compose.yml in a project of its own, ask it, remove it
 	@exec $(BIN)/python -m pytest -n0 tests/end_to_end/verify_compose.py $(ARGS)
 
 openapi: $(DEVELOPMENT) ## write docs/openapi.json from the response models
