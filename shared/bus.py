@@ -103,6 +103,7 @@ class Bus:
         self._js: JetStreamContext | None = None
         self._ready = asyncio.Event()
         self._closed = asyncio.Event()
+        self._closing = False
         self._problem = _NOT_CONNECTED
         self._keeping: asyncio.Task[None] | None = None
         self.streams_found = 0
@@ -114,6 +115,7 @@ class Bus:
 
     async def __aexit__(self, *_: object) -> None:
         assert self._keeping is not None
+        self._closing = True
         self._keeping.cancel()
         await asyncio.gather(self._keeping, return_exceptions=True)
         if self._js is None:  # never connected: the library has nothing to close
@@ -274,7 +276,7 @@ class Bus:
         await self._declare_streams()
 
     def _say_problem(self, problem: str) -> None:
-        if problem != self._problem:  # once on the change, not once per attempt
+        if problem != self._problem and not self._closing:  # once on the change, not once per attempt
             log.warning("bus_problem", problem=problem)
         self._problem = problem
 
