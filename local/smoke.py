@@ -18,8 +18,9 @@ SNAPSHOT_AGE_MAX = timedelta(minutes=15)
 EQUAL_ATTEMPTS_MAX = 5
 
 _PRICES_ADVICE = (
-    "price_feeder: does its log say `unauthorized` (check ALPACA_API_KEY and ALPACA_SECRET_KEY), `rate_limited` (200 "
-    "requests a minute on the basic plan) or that Alpaca cannot be reached? Is PRICE_UPDATE_ENABLED=true?"
+    "price_feeder: is it running, with PRICE_UPDATE_ENABLED=true? In its log `market_data_unauthorized` means a wrong "
+    "ALPACA_API_KEY or ALPACA_SECRET_KEY, `prices_not_updated` says what else keeps Alpaca from answering (its limit "
+    "of 200 requests a minute, the network)."
 )
 _SNAPSHOTS_ADVICE = (
     "snapshotter: is it running, is SNAPSHOT_ENABLED=true, does its log say `snapshot_postponed`? "
