@@ -79,8 +79,10 @@ class Database:
     Methods raise DatabaseUnavailable or SchemaMissing; any other error is a bug in the statement or its data.
     """
 
-    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
+    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]", connections_max: int) -> None:
         self._pool = pool
+        # The pool's own queue lets newcomers overtake those who wait, some of them for ever; a semaphore does not.
+        self._turns = asyncio.Semaphore(connections_max)
 
     async def fetch(
         self, statement: str, *args: object, timeout: float = STATEMENT_TIMEOUT_SECONDS
@@ -106,18 +108,33 @@ class Database:
                 return await self._attempt(work)
 
     async def _attempt(self, work: Callable[[Connection], Awaitable[T]]) -> T:
-        async with self._pool.acquire(timeout=CONNECT_TIMEOUT_SECONDS) as connection:
-            return await work(connection)
+        await self._wait_for_turn()
+        try:
+            async with self._pool.acquire(timeout=CONNECT_TIMEOUT_SECONDS) as connection:
+                return await work(connection)
+        finally:
+            self._turns.release()
+
+    async def _wait_for_turn(self) -> None:
+        if not self._turns.locked():
+            await self._turns.acquire()
+            return
+        async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+            await self._turns.acquire()
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """Hold a connection inside a transaction that commits at the end of the block."""
         with _failures_named():
-            async with (
-                self._pool.acquire(timeout=CONNECT_TIMEOUT_SECONDS) as connection,
-                connection.transaction(),
-            ):
-                yield connection
+            await self._wait_for_turn()
+            try:
+                async with (
+                    self._pool.acquire(timeout=CONNECT_TIMEOUT_SECONDS) as connection,
+                    connection.transaction(),
+                ):
+                    yield connection
+            finally:
+                self._turns.release()
 
     @property
     def connections_open(self) -> int:
@@ -192,7 +209,7 @@ async def connect(
     )
     async with pool:
         try:
-            yield Database(pool)
+            yield Database(pool, connections_max)
         finally:
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
