@@ -1,0 +1,40 @@
+"""Run the API gateway: `python -m services.api_gateway`."""
+
+import asyncio
+
+from services.api_gateway import app, auth, queries
+from services.api_gateway.settings import Settings
+from shared import database as databases
+from shared import health, lifecycle
+from shared.bus import Bus
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    async with (
+        databases.connect(
+            settings.database_url.get_secret_value(),
+            application_name="api_gateway",
+            connections_max=settings.gateway_database_connections,
+            statement_timeout_seconds=databases.STATEMENT_TIMEOUT_SECONDS,
+            server_settings=queries.SERVER_SETTINGS,
+            reads_only=True,
+        ) as database,
+        Bus(settings.nats_url.get_secret_value(), name="api_gateway") as bus,
+        auth.verifier(settings) as verifier,
+    ):
+        checks: dict[str, health.Check] = {
+            "postgres": database.check,
+            "schema": database.check_schema,
+            "nats": bus.check,
+        }
+        if settings.jwt_jwks_url is not None:
+            checks["token_keys"] = verifier.check
+        async with (
+            health.serving("api_gateway", settings.health_host, settings.health_port, checks),
+            app.serving(settings, database, verifier, checks),
+        ):
+            await stop.wait()
+
+
+if __name__ == "__main__":
+    lifecycle.run("api_gateway", Settings, serve)

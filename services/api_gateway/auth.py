@@ -1,0 +1,147 @@
+"""Whose portfolio: the `sub` of a verified bearer token, never anything else of the request."""
+
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import jwt
+
+from services.api_gateway.keys import IssuerKeys, Keys, SharedSecret
+from services.api_gateway.problems import (
+    TOKEN_EXPIRED,
+    TOKEN_INVALID,
+    TOKEN_MALFORMED,
+    TOKEN_MISSING,
+    Kind,
+    Problem,
+)
+from services.api_gateway.settings import Settings
+
+CLOCK_LEEWAY_SECONDS = 10
+"""How far the issuer's clock may be ahead (`nbf`, `iat`). A token's end (`exp`) is taken to the second."""
+SUBJECT_LENGTH_MAX = 255
+REMEMBERED_SECONDS = 60.0
+REMEMBERED_TOKENS_MAX = 4096
+
+_NOT_A_SUBJECT = "The token's sub is not a subject."
+_REFUSALS = (
+    (jwt.ExpiredSignatureError, TOKEN_EXPIRED, "The token has expired."),
+    (jwt.ImmatureSignatureError, TOKEN_INVALID, "The token is not valid yet."),
+    (jwt.InvalidAlgorithmError, TOKEN_INVALID, "The token's algorithm is not accepted here."),
+    (jwt.InvalidSignatureError, TOKEN_INVALID, "The token's signature is wrong."),
+    (jwt.InvalidAudienceError, TOKEN_INVALID, "The token is for another audience."),
+    (jwt.InvalidIssuerError, TOKEN_INVALID, "The token is from another issuer."),
+    (jwt.exceptions.InvalidSubjectError, TOKEN_INVALID, _NOT_A_SUBJECT),
+)
+
+
+class Verifier:
+    """Verifies tokens, and remembers the verified ones for a minute, at most until they expire."""
+
+    def __init__(self, keys: Keys, *, issuer: str | None, audience: str | None) -> None:
+        self._keys = keys
+        self._issuer = issuer
+        self._audience = audience
+        self._remembered: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+
+    async def check(self) -> str | None:
+        """Return None when tokens can be verified, else why not. For readiness."""
+        return await self._keys.check()
+
+    async def subject(self, authorization: Sequence[str]) -> str:
+        """Return the subject of the bearer token in the Authorization headers; raises Problem without a good one."""
+        token = _bearer_token(authorization)
+        digest = hashlib.sha256(token.encode()).digest()
+        remembered = self._remembered.get(digest)
+        if remembered is not None and time.time() < remembered[1]:
+            return remembered[0]
+        subject, expires_at = await self._verified(token)
+        self._remembered[digest] = subject, min(expires_at, time.time() + REMEMBERED_SECONDS)
+        if len(self._remembered) > REMEMBERED_TOKENS_MAX:
+            self._remembered.popitem(last=False)
+        return subject
+
+    async def _verified(self, token: str) -> tuple[str, float]:
+        try:
+            header = jwt.get_unverified_header(token)
+            if header.get("alg") not in self._keys.algorithms:  # before any key is looked for
+                raise jwt.InvalidAlgorithmError
+            key = await self._keys.key(header.get("kid"))
+            if key is None:
+                raise _refused(TOKEN_INVALID, "The token is signed with a key that its issuer does not have.")
+            claims: dict[str, Any] = jwt.decode(
+                token,
+                key=key,
+                algorithms=list(self._keys.algorithms),
+                issuer=self._issuer,
+                audience=self._audience,
+                leeway=CLOCK_LEEWAY_SECONDS,
+                options={
+                    "require": ["exp", "sub"],
+                    "verify_iss": self._issuer is not None,
+                    "verify_aud": self._audience is not None,
+                },
+            )
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise _refusal(error) from error
+        subject, expires_at = claims["sub"], float(claims["exp"])
+        if expires_at <= time.time():
+            raise _refused(TOKEN_EXPIRED, "The token has expired.")
+        if not _is_storable(subject):
+            raise _refused(TOKEN_INVALID, _NOT_A_SUBJECT)
+        return subject, expires_at
+
+
+def _is_storable(subject: str) -> bool:
+    """Tell whether `users.subject` can hold it: PostgreSQL's text has no NUL and no lone surrogates."""
+    try:
+        subject.encode()
+    except UnicodeEncodeError:
+        return False
+    return 0 < len(subject) <= SUBJECT_LENGTH_MAX and "\x00" not in subject
+
+
+def _bearer_token(authorization: Sequence[str]) -> str:
+    if not authorization:
+        raise Problem(
+            TOKEN_MISSING,
+            "Send the header `Authorization: Bearer <token>`.",
+            headers={"WWW-Authenticate": 'Bearer realm="foliotick"'},
+        )
+    if len(authorization) > 1:
+        raise _refused(TOKEN_MALFORMED, "There is more than one Authorization header.")
+    scheme, _, token = authorization[0].partition(" ")
+    token = token.strip()
+    if scheme.lower() != "bearer" or not token or not token.isascii():
+        raise _refused(TOKEN_MALFORMED, "The Authorization header is not `Bearer <token>`.")
+    return token
+
+
+def _refusal(error: Exception) -> Problem:
+    """Say why a token is refused, in words of our own: the library's may quote the token or the key."""
+    if isinstance(error, jwt.MissingRequiredClaimError):
+        return _refused(TOKEN_INVALID, f"The token has no {error.claim}.")
+    for reason, kind, detail in _REFUSALS:
+        if isinstance(error, reason):
+            return _refused(kind, detail)
+    return _refused(TOKEN_MALFORMED, "The token is not a signed JSON Web Token.")
+
+
+def _refused(kind: Kind, detail: str) -> Problem:
+    challenge = f'Bearer error="invalid_token", error_description="{detail.replace("`", "")}"'
+    return Problem(kind, detail, headers={"WWW-Authenticate": challenge})
+
+
+@asynccontextmanager
+async def verifier(settings: Settings) -> AsyncIterator[Verifier]:
+    """Open what the settings trust: the shared secret, or the issuer's published keys."""
+    if settings.jwt_secret is not None:
+        keys = SharedSecret(settings.jwt_secret.get_secret_value())
+        yield Verifier(keys, issuer=settings.jwt_issuer, audience=settings.jwt_audience)
+        return
+    assert settings.jwt_jwks_url is not None
+    async with IssuerKeys(settings.jwt_jwks_url) as issuer_keys:
+        yield Verifier(issuer_keys, issuer=settings.jwt_issuer, audience=settings.jwt_audience)

@@ -1,0 +1,233 @@
+"""The OpenAPI 3.1 document, made from the response models. `python -m services.api_gateway.openapi` prints it."""
+
+import json
+import sys
+from typing import Any
+
+from aiohttp import web
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from services.api_gateway import problems
+from services.api_gateway.performance import Timeframe
+from services.api_gateway.problems import Kind, Problem
+from services.api_gateway.responses import (
+    CurrentPortfolio,
+    Health,
+    Performance,
+    ProblemDetails,
+    Readiness,
+)
+
+VERSION = "1.0.0"
+
+_MODELS: tuple[type[BaseModel], ...] = (CurrentPortfolio, Performance, ProblemDetails, Health, Readiness)
+_REQUEST_ID_HEADER = {
+    "description": "The id of the request, given or made.",
+    "schema": {"type": "string"},
+}
+_RETRY_AFTER_HEADER = {
+    "description": "Seconds after which to try again.",
+    "required": True,
+    "schema": {"type": "integer"},
+}
+_CHALLENGE_HEADER = {
+    "description": "Why the token is refused (RFC 6750).",
+    "required": True,
+    "schema": {"type": "string"},
+}
+_ALLOW_HEADER = {"description": "The methods allowed.", "required": True, "schema": {"type": "string"}}
+_EVERYWHERE = (problems.METHOD_NOT_ALLOWED, problems.BODY_TOO_LARGE, problems.INTERNAL_ERROR)
+_BUSY = (problems.OVERLOADED, problems.DEADLINE_EXCEEDED)
+_WITH_TOKEN = (
+    problems.UNEXPECTED_PARAMETER,
+    problems.TOKEN_MISSING,
+    problems.TOKEN_MALFORMED,
+    problems.TOKEN_EXPIRED,
+    problems.TOKEN_INVALID,
+    problems.USER_DEACTIVATED,
+    problems.USER_UNKNOWN,
+    problems.DATABASE_UNAVAILABLE,
+    problems.KEYS_UNAVAILABLE,
+)
+
+
+def document() -> dict[str, Any]:
+    """Return the document."""
+    _, definitions = models_json_schema(
+        [(model, "serialization") for model in _MODELS], ref_template="#/components/schemas/{model}"
+    )
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Foliotick",
+            "version": VERSION,
+            "description": "Live portfolio values and their history. Whose portfolio is said by the bearer token's "
+            "`sub`. Amounts are JSON numbers, exact to the cent; times are RFC 3339 in UTC.",
+        },
+        "servers": [{"url": "/"}],
+        "security": [{"bearerAuth": []}],
+        "paths": {
+            "/api/portfolio/current": {"get": _current()},
+            "/api/portfolio/performance": {"get": _performance()},
+            "/api/openapi.json": {"get": _openapi()},
+            "/healthz": {"get": _healthz()},
+            "/readyz": {"get": _readyz()},
+        },
+        "components": {
+            "schemas": definitions["$defs"],
+            "securitySchemes": {
+                "bearerAuth": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "bearerFormat": "JWT",
+                    "description": "HS256 with a shared secret, or RS256, ES256, EdDSA with the issuer's "
+                    "published keys. `exp` and `sub` are required.",
+                }
+            },
+        },
+    }
+
+
+def _current() -> dict[str, Any]:
+    return {
+        "operationId": "getCurrentPortfolio",
+        "summary": "The portfolio's value now",
+        "description": "Every position at its last known price. A position without a price is listed under "
+        "`unpriced` and left out of the sums.",
+        "responses": _responses(
+            CurrentPortfolio, "The portfolio at the last known prices.", (*_WITH_TOKEN, *_BUSY)
+        ),
+    }
+
+
+def _performance() -> dict[str, Any]:
+    return {
+        "operationId": "getPortfolioPerformance",
+        "summary": "The portfolio's value over time",
+        "description": "One point for each bucket that has a snapshot: the last one inside it. Buckets are 5 minutes "
+        "(1D, at most 288 points), 30 minutes (1W, 336), 1 hour (1M, 720), 3 hours (3M, 720) or market dates "
+        "(YTD, ALL). Without a snapshot in the window `data_available` is false, and what would need a first "
+        "point is null.",
+        "parameters": [
+            {
+                "name": "timeframe",
+                "in": "query",
+                "required": False,
+                "description": "How far back. May be given once.",
+                "schema": {
+                    "type": "string",
+                    "enum": [str(timeframe) for timeframe in Timeframe],
+                    "default": str(Timeframe.ONE_DAY),
+                },
+                "example": str(Timeframe.ONE_DAY),
+            }
+        ],
+        "responses": _responses(
+            Performance, "The series.", (problems.UNKNOWN_TIMEFRAME, *_WITH_TOKEN, *_BUSY)
+        ),
+    }
+
+
+def _openapi() -> dict[str, Any]:
+    responses = _responses(None, "An OpenAPI 3.1 document.", _BUSY)
+    responses["200"]["content"] = {"application/json": {"schema": {"type": "object"}}}
+    return {
+        "operationId": "getOpenApi",
+        "summary": "This document",
+        "security": [],
+        "responses": responses,
+    }
+
+
+def _healthz() -> dict[str, Any]:
+    return {
+        "operationId": "getHealth",
+        "summary": "Whether the process runs",
+        "security": [],
+        "responses": _responses(Health, "It does.", _BUSY),
+    }
+
+
+def _readyz() -> dict[str, Any]:
+    responses = _responses(Readiness, "Everything that the gateway needs answers.", _BUSY)
+    responses["503"]["content"]["application/json"] = {"schema": _reference(Readiness)}
+    responses["503"]["headers"] = {"X-Request-Id": _REQUEST_ID_HEADER}
+    return {
+        "operationId": "getReadiness",
+        "summary": "Whether requests can be answered",
+        "security": [],
+        "responses": responses,
+    }
+
+
+def _responses(model: type[BaseModel] | None, description: str, kinds: tuple[Kind, ...]) -> dict[str, Any]:
+    answers: dict[str, Any] = {
+        "200": {"description": description, "headers": {"X-Request-Id": _REQUEST_ID_HEADER}}
+    }
+    if model is not None:
+        content: dict[str, Any] = {"schema": _reference(model)}
+        examples: Any = model.model_json_schema().get("examples")
+        if examples:
+            content["example"] = examples[0]
+        answers["200"]["content"] = {"application/json": content}
+    by_status: dict[int, list[Kind]] = {}
+    for kind in (problems.MALFORMED_REQUEST, *kinds, *_EVERYWHERE):
+        by_status.setdefault(kind.status, []).append(kind)
+    return answers | {str(status): _problem_response(by_status[status]) for status in sorted(by_status)}
+
+
+def _problem_response(kinds: list[Kind]) -> dict[str, Any]:
+    headers: dict[str, Any] = {"X-Request-Id": _REQUEST_ID_HEADER}
+    headers |= {
+        401: {"WWW-Authenticate": _CHALLENGE_HEADER},
+        405: {"Allow": _ALLOW_HEADER},
+        503: {"Retry-After": _RETRY_AFTER_HEADER},
+    }.get(kinds[0].status, {})
+    return {
+        "description": " ".join(f"{kind.title} (`{kind.name}`)." for kind in kinds),
+        "headers": headers,
+        "content": {
+            problems.CONTENT_TYPE: {
+                "schema": _reference(ProblemDetails),
+                "examples": {kind.name: {"value": _problem_example(kind)} for kind in kinds},
+            }
+        },
+    }
+
+
+def _problem_example(kind: Kind) -> dict[str, Any]:
+    example: dict[str, Any] = {
+        "type": kind.type,
+        "title": kind.title,
+        "status": kind.status,
+        "detail": f"{kind.title}.",
+        "request_id": "4f9d0c1b2a3e5f67",
+    }
+    if kind is problems.UNKNOWN_TIMEFRAME:
+        allowed = [str(timeframe) for timeframe in Timeframe]
+        example |= {"detail": f"timeframe must be one of {', '.join(allowed)}.", "allowed": allowed}
+    return example
+
+
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+def text() -> str:
+    """Return the document as it is printed, committed and served."""
+    return json.dumps(document(), indent=2) + "\n"
+
+
+_TEXT = text().encode()
+
+
+async def served(request: web.Request) -> web.Response:
+    """Answer `GET /api/openapi.json`."""
+    if request.rel_url.raw_query_string:
+        raise Problem(problems.UNEXPECTED_PARAMETER, "The document has no parameters.", known=[])
+    return web.Response(body=_TEXT, headers={"Content-Type": "application/json", "Cache-Control": "no-cache"})
+
+
+if __name__ == "__main__":
+    sys.stdout.write(text())

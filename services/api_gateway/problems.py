@@ -1,0 +1,87 @@
+"""Every way in which a request can be refused or fail: RFC 9457 problem details with a stable `type`."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import orjson
+from aiohttp import web
+
+CONTENT_TYPE = "application/problem+json"
+RETRY_AFTER_SECONDS = 2
+
+
+class Kind(NamedTuple):
+    """A kind of problem; `type` is the URN that clients may compare with."""
+
+    name: str
+    status: int
+    title: str
+
+    @property
+    def type(self) -> str:
+        return f"urn:foliotick:problem:{self.name}"
+
+
+MALFORMED_REQUEST = Kind("malformed-request", 400, "The request is not valid HTTP")
+UNKNOWN_TIMEFRAME = Kind("unknown-timeframe", 400, "The timeframe is unknown")
+UNEXPECTED_PARAMETER = Kind("unexpected-parameter", 400, "A query parameter is unknown or repeated")
+TOKEN_MISSING = Kind("token-missing", 401, "A bearer token is needed")
+TOKEN_MALFORMED = Kind("token-malformed", 401, "The bearer token is malformed")
+TOKEN_EXPIRED = Kind("token-expired", 401, "The bearer token has expired")
+TOKEN_INVALID = Kind("token-invalid", 401, "The bearer token is not valid")
+USER_DEACTIVATED = Kind("user-deactivated", 403, "The user is deactivated")
+NOT_FOUND = Kind("not-found", 404, "There is nothing at this address")
+USER_UNKNOWN = Kind("user-unknown", 404, "The user is unknown")
+METHOD_NOT_ALLOWED = Kind("method-not-allowed", 405, "The method is not allowed here")
+BODY_TOO_LARGE = Kind("body-too-large", 413, "The request has a body")
+EXPECTATION_FAILED = Kind("expectation-failed", 417, "The Expect header cannot be met")
+INTERNAL_ERROR = Kind("internal-error", 500, "Something went wrong here")
+DATABASE_UNAVAILABLE = Kind("database-unavailable", 503, "The database does not answer")
+KEYS_UNAVAILABLE = Kind("keys-unavailable", 503, "The token issuer's keys are not available")
+DEADLINE_EXCEEDED = Kind("deadline-exceeded", 503, "The answer took too long")
+OVERLOADED = Kind("overloaded", 503, "Too many requests at once")
+
+
+class Problem(Exception):
+    """Ends the handling of a request; the edge answers with it."""
+
+    def __init__(
+        self, kind: Kind, detail: str, *, headers: Mapping[str, str] | None = None, **members: object
+    ) -> None:
+        super().__init__(f"{kind.name}: {detail}")
+        self.kind = kind
+        self.detail = detail
+        self.headers = dict(headers or {})
+        self.members = members
+        if kind.status == 503:
+            self.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+
+    def response(self, request_id: str) -> web.Response:
+        body = {
+            "type": self.kind.type,
+            "title": self.kind.title,
+            "status": self.kind.status,
+            "detail": self.detail,
+            "request_id": request_id,
+            **self.members,
+        }
+        headers = {"Content-Type": CONTENT_TYPE, **self.headers}
+        return web.Response(body=orjson.dumps(body), status=self.kind.status, headers=headers)
+
+
+def of_http_exception(error: web.HTTPException) -> Problem:
+    """Return the problem for what the HTTP library itself refuses."""
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = sorted(error.allowed_methods)
+        return Problem(
+            METHOD_NOT_ALLOWED,
+            f"Use {' or '.join(allowed)}.",
+            headers={"Allow": ", ".join(allowed)},
+            allowed=allowed,
+        )
+    if error.status == 404:
+        return Problem(NOT_FOUND, "The API is described at /api/openapi.json.")
+    if error.status == 417:
+        return Problem(EXPECTATION_FAILED, "Leave out the Expect header.")
+    kind = Kind(error.reason.lower().replace(" ", "-"), error.status, error.reason)
+    return Problem(kind, "The request cannot be answered.")

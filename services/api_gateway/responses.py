@@ -1,0 +1,227 @@
+"""The contract of the answers. PostgreSQL writes them; these models describe and check them, strictly."""
+
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
+
+from services.api_gateway.performance import Timeframe
+
+
+def _exact(value: Any) -> Any:
+    """A JSON number without a fraction is a decimal too."""
+    return Decimal(value) if type(value) is int else value
+
+
+def _schema(description: str) -> WithJsonSchema:
+    return WithJsonSchema({"type": "number", "description": description})
+
+
+_Exact = Annotated[Decimal, BeforeValidator(_exact), Field(allow_inf_nan=False)]
+Dollars = Annotated[_Exact, Field(decimal_places=2), _schema("US dollars, two decimals.")]
+SharePrice = Annotated[
+    _Exact, Field(decimal_places=4), _schema("US dollars for one share or coin, two to four decimals.")
+]
+Quantity = Annotated[_Exact, Field(decimal_places=9), _schema("Shares or coins, up to nine decimals.")]
+Percent = Annotated[_Exact, Field(decimal_places=2), _schema("Percent, two decimals.")]
+Instant = Annotated[
+    str,
+    StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z$"),
+    Field(description="RFC 3339, in UTC.", json_schema_extra={"format": "date-time"}),
+]
+BucketStart = Annotated[
+    str,
+    StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:00Z$"),
+    Field(description="Start of the bucket, RFC 3339, in UTC.", json_schema_extra={"format": "date-time"}),
+]
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    schema.pop("default")
+
+
+def _only_when_present(schema: dict[str, Any]) -> None:
+    """A field that is true or absent, never null."""
+    del schema["anyOf"], schema["default"]
+    schema.update({"type": "boolean", "const": True})
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Position(Answer):
+    """A position that has a price."""
+
+    ticker: str
+    shares: Quantity
+    cost_basis: Dollars
+    current_value: Dollars
+    price_per_share: SharePrice
+    unrealized_gain_loss: Dollars
+    unrealized_gain_loss_percent: Percent
+    price_as_of: Instant
+    price_status: Literal["live", "stale"] = Field(
+        description="`live`: the feed confirmed the price within the last five minutes."
+    )
+    price_feed: str = Field(
+        description="Where the price comes from: `iex`, `sip`, `us` (crypto) or `simulated`."
+    )
+
+
+class UnpricedPosition(Answer):
+    """A position without a value; it is left out of the sums."""
+
+    ticker: str
+    shares: Quantity
+    cost_basis: Dollars
+    current_value: None
+    price_per_share: None
+    unrealized_gain_loss: None
+    unrealized_gain_loss_percent: None
+    price_status: Literal["missing"]
+    reason: Literal["no_price", "value_out_of_range"] = Field(
+        description="`no_price`: the feed has not had one yet. `value_out_of_range`: a trillion dollars or more."
+    )
+
+
+class CurrentPortfolio(Answer):
+    """The portfolio at the last known prices."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "total_value": 125000.50,
+                    "investment_value": 120000.00,
+                    "cash_balance": 5000.50,
+                    "positions": [
+                        {
+                            "ticker": "AAPL",
+                            "shares": 100,
+                            "cost_basis": 15000.00,
+                            "current_value": 17500.00,
+                            "price_per_share": 175.00,
+                            "unrealized_gain_loss": 2500.00,
+                            "unrealized_gain_loss_percent": 16.67,
+                            "price_as_of": "2024-01-01T09:59:58.123456Z",
+                            "price_status": "live",
+                            "price_feed": "iex",
+                        },
+                        {
+                            "ticker": "BTC/USD",
+                            "shares": 2.5,
+                            "cost_basis": 102500.00,
+                            "current_value": 102500.00,
+                            "price_per_share": 41000.00,
+                            "unrealized_gain_loss": 0.00,
+                            "unrealized_gain_loss_percent": 0.00,
+                            "price_as_of": "2024-01-01T09:59:59Z",
+                            "price_status": "live",
+                            "price_feed": "us",
+                        },
+                    ],
+                    "last_updated": "2024-01-01T10:00:00Z",
+                    "price_fresh": True,
+                    "unpriced": [],
+                    "simulated": False,
+                }
+            ]
+        }
+    )
+
+    total_value: Dollars
+    investment_value: Dollars
+    cash_balance: Dollars
+    positions: list[Position] = Field(description="In order of their ticker.")
+    last_updated: Instant
+    price_fresh: bool = Field(
+        description="Every priced position's price was confirmed within the last five minutes. "
+        "False when there are positions and none has a price; true for cash alone."
+    )
+    unpriced: list[UnpricedPosition] = Field(description="In order of their ticker.")
+    simulated: bool = Field(description="A price behind the value comes from a market simulator.")
+
+
+class DataPoint(Answer):
+    """The last snapshot inside a bucket. A bucket without a snapshot has no point."""
+
+    timestamp: BucketStart
+    value: Dollars
+    partial: Literal[True] | None = Field(
+        default=None,
+        description="Present when positions without a price are missing from the value.",
+        json_schema_extra=_only_when_present,
+    )
+
+
+class Performance(Answer):
+    """The portfolio's total value over the timeframe."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "timeframe": "1D",
+                    "data_points": [
+                        {"timestamp": "2024-01-01T09:30:00Z", "value": 120000.00},
+                        {"timestamp": "2024-01-01T09:35:00Z", "value": 120500.00},
+                    ],
+                    "start_value": 120000.00,
+                    "current_value": 125000.50,
+                    "profit_loss": 5000.50,
+                    "profit_loss_percent": 4.17,
+                    "data_available": True,
+                    "simulated": False,
+                }
+            ]
+        }
+    )
+
+    timeframe: Timeframe
+    data_points: list[DataPoint] = Field(description="Oldest first.")
+    start_value: Dollars | None = Field(description="The first point's value; null without a point.")
+    current_value: Dollars
+    profit_loss: Dollars | None = Field(description="`current_value` - `start_value`; null without a point.")
+    profit_loss_percent: Percent | None = Field(
+        description="Of `start_value`, 0 when that is 0; null without a point."
+    )
+    data_available: bool = Field(description="There is at least one point.")
+    simulated: bool = Field(description="A price behind the values comes from a market simulator.")
+
+
+class ProblemDetails(BaseModel):
+    """RFC 9457 problem details; `type` is stable and may be compared with."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Annotated[str, StringConstraints(pattern=r"^urn:foliotick:problem:[a-z-]+$")]
+    title: str
+    status: int
+    detail: str
+    request_id: str = Field(description="Finds the request in the log; also the header X-Request-Id.")
+    allowed: list[str] = Field(
+        default=[], description="What would have been accepted.", json_schema_extra=_without_default
+    )
+    known: list[str] = Field(
+        default=[], description="The query parameters that exist.", json_schema_extra=_without_default
+    )
+
+
+class Health(BaseModel):
+    """The process runs."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    service: str
+    status: Literal["ok"]
+
+
+class Readiness(BaseModel):
+    """Whether what the gateway needs answers: `ok`, or what is wrong, for each."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    service: str
+    status: Literal["ready", "not ready"]
+    checks: dict[str, str]

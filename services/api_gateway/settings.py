@@ -1,0 +1,98 @@
+"""Settings of the API gateway."""
+
+from typing import Annotated
+from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
+from pydantic_settings import NoDecode
+
+from shared.settings import Port, ServiceSettings
+
+SECRET_BYTES_MIN = 32
+
+
+def _long_enough(secret: SecretStr) -> SecretStr:
+    if len(secret.get_secret_value().encode()) < SECRET_BYTES_MIN:
+        raise ValueError(f"at least {SECRET_BYTES_MIN} bytes long (`openssl rand -hex 32` makes one)")
+    return secret
+
+
+def _http_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("a URL that starts with https:// or http://")
+    return value
+
+
+def _separated(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(part for part in (piece.strip() for piece in value.split(",")) if part)
+    return value
+
+
+def _origins(values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        parts = urlsplit(value)
+        if (
+            parts.scheme not in ("http", "https")
+            or value != f"{parts.scheme}://{parts.netloc}"
+            or "*" in value
+        ):
+            raise ValueError(
+                "origins with commas between, each like https://app.example.com, without a path or `*`"
+            )
+    return values
+
+
+def _known_timezone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError("a time zone of the IANA database, such as America/New_York") from error
+    return name
+
+
+class Settings(ServiceSettings):
+    """The API gateway. Exactly one of JWT_SECRET and JWT_JWKS_URL says which tokens it trusts."""
+
+    gateway_host: str = Field(default="0.0.0.0", description="Address that the API listens on.")  # noqa: S104
+    gateway_port: Port = Field(default=8000, description="Port that the API listens on.")
+    health_port: Port = Field(
+        default=8081, description="Port of the gateway's /healthz, /readyz and /metrics."
+    )
+    jwt_secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = Field(
+        default=None, description="Shared secret of HS256 tokens, at least 32 bytes. Or set JWT_JWKS_URL."
+    )
+    jwt_jwks_url: Annotated[str, AfterValidator(_http_url)] | None = Field(
+        default=None,
+        validate_default=True,
+        description="Where the token issuer publishes its public keys (RS256, ES256, EdDSA). Or set JWT_SECRET.",
+    )
+    jwt_issuer: str | None = Field(default=None, description="The `iss` that tokens must have; unset: any.")
+    jwt_audience: str | None = Field(default=None, description="The `aud` that tokens must have; unset: any.")
+    market_timezone: Annotated[str, AfterValidator(_known_timezone)] = Field(
+        default="America/New_York", description="Time zone of the market dates that daily charts are made of."
+    )
+    cors_allowed_origins: Annotated[
+        tuple[str, ...], NoDecode, BeforeValidator(_separated), AfterValidator(_origins)
+    ] = Field(
+        default=(), description="Origins of web pages that may call the API, commas between; empty: none."
+    )
+    request_timeout_seconds: float = Field(
+        default=5.0, gt=0, le=8, description="A request that takes longer is answered with 503."
+    )
+    gateway_database_connections: int = Field(
+        default=10, ge=1, le=200, description="The most connections that one gateway opens to PostgreSQL."
+    )
+
+    @field_validator("jwt_jwks_url")
+    @classmethod
+    def _exactly_one_trust(cls, url: str | None, info: ValidationInfo) -> str | None:
+        if "jwt_secret" not in info.data:  # wrong by itself, and said so already
+            return url
+        if url is None and info.data["jwt_secret"] is None:
+            raise ValueError("set when JWT_SECRET is not: the gateway must know whose tokens to trust")
+        if url is not None and info.data["jwt_secret"] is not None:
+            raise ValueError("unset when JWT_SECRET is set: a gateway trusts one of the two")
+        return url
