@@ -12,28 +12,31 @@ from typing import NoReturn, TypeVar
 import uvloop
 
 from shared import logs, settings
-from shared.settings import ServiceSettings, SettingsError
+from shared.settings import LogSettings, SettingsError
 
 STOP_GRACE_SECONDS = 10.0
 """What a service may take from a signal to its end; then it is cancelled."""
 
-S = TypeVar("S", bound=ServiceSettings)
+S = TypeVar("S", bound=LogSettings)
 log = logs.get_logger()
 
 
 def run(
     service: str, settings_type: type[S], serve: Callable[[S, asyncio.Event], Awaitable[None]]
 ) -> NoReturn:
-    """Run `serve(settings, stop)` until it returns, which it must do soon after `stop` is set; never returns."""
+    """Run `serve(settings, stop)` until it returns, which it must do soon after `stop` is set; never returns.
+
+    A SettingsError from `serve` means a setting that only its use could show to be wrong.
+    """
     try:
         loaded = settings.load(settings_type)
+        logs.configure(service, loaded.log_level)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            sys.exit(runner.run(_supervise(loaded, serve)))
     except SettingsError as error:
         problems = "".join(f"\n  {line}" for line in str(error).splitlines())
         sys.stderr.write(f"{service} cannot start, its settings are wrong:{problems}\n")
         sys.exit(2)
-    logs.configure(service, loaded.log_level)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        sys.exit(runner.run(_supervise(loaded, serve)))
 
 
 async def _supervise(loaded: S, serve: Callable[[S, asyncio.Event], Awaitable[None]]) -> int:
@@ -60,6 +63,8 @@ async def _supervise(loaded: S, serve: Callable[[S, asyncio.Event], Awaitable[No
             await asyncio.wait({served}, timeout=1.0)
             return 1
         await served
+    except SettingsError:
+        raise
     except Exception as error:
         for cause in _causes(error):
             log.error("service_failed", error=f"{type(cause).__name__}: {cause}", exc_info=cause)
