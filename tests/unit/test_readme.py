@@ -55,7 +55,7 @@ def test_commands_of_the_readme_exist() -> None:
 def test_answers_of_the_readme_fit_the_contract(name: str, model: type[BaseModel]) -> None:
     block = re.search(rf"<!-- answer: {name} -->\n```json\n(.*?)```", README, flags=re.DOTALL)
     assert block is not None
-    model.model_validate(json.loads(block[1], parse_float=Decimal))
+    model.model_validate(json.loads(block[1], parse_float=Decimal), strict=False)
 
 
 def test_log_events_that_the_readme_names_are_logged() -> None:
