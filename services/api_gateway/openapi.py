@@ -37,7 +37,12 @@ _CHALLENGE_HEADER = {
     "schema": {"type": "string"},
 }
 _ALLOW_HEADER = {"description": "The methods allowed.", "required": True, "schema": {"type": "string"}}
-_EVERYWHERE = (problems.METHOD_NOT_ALLOWED, problems.BODY_TOO_LARGE, problems.INTERNAL_ERROR)
+_EVERYWHERE = (
+    problems.METHOD_NOT_ALLOWED,
+    problems.BODY_TOO_LARGE,
+    problems.EXPECTATION_FAILED,
+    problems.INTERNAL_ERROR,
+)
 _BUSY = (problems.OVERLOADED, problems.DEADLINE_EXCEEDED)
 _WITH_TOKEN = (
     problems.UNEXPECTED_PARAMETER,

@@ -21,7 +21,7 @@ def _long_enough(secret: SecretStr) -> SecretStr:
 def _http_url(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("a URL that starts with https:// or http://")
+        raise ValueError("an https:// or http:// URL")
     return value
 
 
@@ -49,7 +49,7 @@ def _known_timezone(name: str) -> str:
     try:
         ZoneInfo(name)
     except (KeyError, OSError, ValueError) as error:
-        raise ValueError("a time zone of the IANA database, such as America/New_York") from error
+        raise ValueError("an IANA time zone, such as America/New_York") from error
     return name
 
 

@@ -1,0 +1,65 @@
+"""The OpenAPI document: committed, true, and valid by its own schemas."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from services.api_gateway import openapi
+
+COMMITTED = Path(__file__).parent.parent.parent / "docs" / "openapi.json"
+DOCUMENT = json.loads(COMMITTED.read_text())
+
+
+def test_committed_document_is_the_one_that_the_models_make() -> None:
+    assert COMMITTED.read_text() == openapi.text(), "run `make openapi`"
+
+
+def operations() -> Iterator[tuple[str, dict[str, Any]]]:
+    for path, methods in DOCUMENT["paths"].items():
+        for operation in methods.values():
+            yield path, operation
+
+
+def examples() -> Iterator[Any]:
+    for path, operation in operations():
+        for status, response in operation["responses"].items():
+            for content in response.get("content", {}).values():
+                values = [content["example"]] if "example" in content else []
+                values += [example["value"] for example in content.get("examples", {}).values()]
+                for value in values:
+                    yield pytest.param(content["schema"], value, id=f"{path} {status}")
+
+
+@pytest.mark.parametrize(("schema", "example"), list(examples()))
+def test_example_fits_its_schema(schema: dict[str, Any], example: Any) -> None:
+    whole = {"components": DOCUMENT["components"], **schema}
+    jsonschema.Draft202012Validator(whole).validate(example)
+
+
+def test_the_specifications_example_is_shown() -> None:
+    responses = DOCUMENT["paths"]["/api/portfolio/current"]["get"]["responses"]
+    example = responses["200"]["content"]["application/json"]["example"]
+    position = example["positions"][0]
+    assert (example["total_value"], example["investment_value"], example["cash_balance"]) == (
+        125000.50,
+        120000.00,
+        5000.50,
+    )
+    assert (position["current_value"], position["unrealized_gain_loss_percent"]) == (17500.00, 16.67)
+
+
+@pytest.mark.parametrize("path", ["/api/portfolio/current", "/api/portfolio/performance"])
+def test_every_status_is_documented(path: str) -> None:
+    responses = DOCUMENT["paths"][path]["get"]["responses"]
+    assert list(responses) == ["200", "400", "401", "403", "404", "405", "413", "417", "500", "503"]
+    assert all("application/problem+json" in responses[status]["content"] for status in list(responses)[1:])
+
+
+def test_timeframes_are_listed() -> None:
+    (parameter,) = DOCUMENT["paths"]["/api/portfolio/performance"]["get"]["parameters"]
+    assert parameter["schema"]["enum"] == ["1D", "1W", "1M", "3M", "YTD", "ALL"]
+    assert parameter["schema"]["default"] == "1D"
