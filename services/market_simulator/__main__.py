@@ -3,9 +3,11 @@
 import asyncio
 
 from services.market_simulator.server import SERVICE, serving
+from services.market_simulator.sessions import session
 from services.market_simulator.settings import Settings
 from services.market_simulator.simulator import build
 from shared import lifecycle, logs
+from shared.clock import utc_now
 
 log = logs.get_logger()
 
@@ -20,6 +22,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             symbols=len(simulator.market.symbols),
             note="every price from here is simulated",
         )
+        # The holidays take a second to load; the first question about the clock need not wait for them.
+        await asyncio.to_thread(session, utc_now().date())
         await stop.wait()
 
 

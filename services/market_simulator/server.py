@@ -1,5 +1,6 @@
 """The simulator as an HTTP server: one port for the data host, the trading host, the controls and health."""
 
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -45,9 +46,10 @@ async def serving(simulator: Simulator, host: str, port: int) -> AsyncIterator[s
         try:
             await web.TCPSite(runner, host, port).start()
         except OSError as failure:
-            raise SettingsError(
-                f"SIMULATOR_PORT {port} on {host} cannot be used: {failure.strerror}"
-            ) from failure
+            # The errors of host names are negative numbers with words of their own.
+            code = failure.errno or 0
+            reason = os.strerror(code) if code > 0 else failure.strerror
+            raise SettingsError(f"SIMULATOR_PORT {port} on {host} cannot be used: {reason}") from failure
         address = runner.addresses[0]
         yield f"http://{f'[{address[0]}]' if ':' in address[0] else address[0]}:{address[1]}"
     finally:

@@ -1,6 +1,7 @@
 """A replay tells what was recorded, when it was known; the closes are read off the recorded file by eye."""
 
 import asyncio
+import socket
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -116,9 +117,21 @@ def test_a_start_that_cannot_be_is_one_clear_error(
         "2013-10-11T19:59:00Z,SPY,170.17,170.3,170.15,170.3,2579730\n"
         "2013-10-11T20:00:00Z,SPY,170.17,170.3,170.15,x,2579730\n"
     )
+    assert words in start_refused(tmp_path, settings)
+
+
+def test_a_taken_port_is_one_clear_error(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refusal = start_refused(tmp_path, {"SIMULATOR_PORT": str(port)})
+    assert f"SIMULATOR_PORT {port} on 127.0.0.1 cannot be used: Address already in use" in refusal
+
+
+def start_refused(folder: Path, settings: dict[str, str]) -> str:
+    """Start the simulator, which must refuse, and return its words."""
     ended = subprocess.run(
         [sys.executable, "-m", "services.market_simulator"],
-        cwd=tmp_path,
+        cwd=folder,
         env={"PYTHONPATH": str(ROOT), "SIMULATOR_PORT": "0"} | settings,
         capture_output=True,
         text=True,
@@ -127,5 +140,5 @@ def test_a_start_that_cannot_be_is_one_clear_error(
     )
     assert ended.returncode == 2
     assert "market_simulator cannot start, its settings are wrong:" in ended.stderr
-    assert words in ended.stderr
     assert "Traceback" not in ended.stderr + ended.stdout
+    return ended.stderr
