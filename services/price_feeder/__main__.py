@@ -1,6 +1,7 @@
 """Run the price feeder: `python -m services.price_feeder`."""
 
 import asyncio
+import gc
 
 from services.price_feeder import feed
 from services.price_feeder.market_data import MarketData
@@ -42,4 +43,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
 
 
 if __name__ == "__main__":
+    # The modules stay to the end: collecting pandas and the like as garbage then would take longer than stopping.
+    gc.freeze()
     lifecycle.run("price_feeder", Settings, serve)
