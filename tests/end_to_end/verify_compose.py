@@ -70,8 +70,8 @@ class Compose:
         )
         return done
 
-    def start(self) -> None:
-        up = self.run("up", "--build", "--detach", "--wait", timeout=BUILD_AND_START_SECONDS_MAX, check=False)
+    def start(self, build: str = "--build") -> None:
+        up = self.run("up", build, "--detach", "--wait", timeout=BUILD_AND_START_SECONDS_MAX, check=False)
         if up.returncode != 0:
             logs = self.run("logs", "--tail", "30", check=False).stdout
             pytest.fail(f"docker compose up failed:\n{up.stderr[-3000:]}\n{logs}", pytrace=False)
@@ -244,7 +244,7 @@ async def test_stop_is_clean_and_everything_is_there_after_the_next_start(
         state = compose.inspected(service)["State"]
         assert (service, state["Status"], state["ExitCode"]) == (service, "exited", 0)
         assert state["OOMKilled"] is False
-    compose.start()
+    compose.start("--no-build")
     after = await eventually(lambda: chart(compose, demo_token, points_min=len(before)), timeout=30)
     assert after[0]["timestamp"] == before[0]["timestamp"]
     await eventually(lambda: fully_priced(compose, demo_token), timeout=30)
