@@ -29,6 +29,7 @@ FETCH_WAIT_SECONDS = 2.0
 FAILURE_PAUSE_SECONDS = 1.0
 DUPLICATE_WINDOW = timedelta(minutes=2)
 CONNECT_TIMEOUT_SECONDS = 2
+CANCEL_PAUSE_SECONDS = 0.2
 
 _NOT_CONNECTED = "not connected"
 
@@ -116,7 +117,9 @@ class Bus:
     async def __aexit__(self, *_: object) -> None:
         assert self._keeping is not None
         self._closing = True
-        self._keeping.cancel()
+        while not self._keeping.done():  # a wait_for that ends at the same moment swallows the cancellation
+            self._keeping.cancel()
+            await asyncio.wait({self._keeping}, timeout=CANCEL_PAUSE_SECONDS)
         await asyncio.gather(self._keeping, return_exceptions=True)
         if self._js is None:  # never connected: the library has nothing to close
             return

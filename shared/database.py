@@ -55,6 +55,7 @@ _CONNECTION_GONE = (
     asyncpg.PostgresConnectionError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
+    asyncpg.InternalClientError,
 )
 _SCHEMA_MISSING = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError)
 
@@ -111,7 +112,11 @@ class Database:
         await self._wait_for_turn()
         try:
             async with self._pool.acquire(timeout=CONNECT_TIMEOUT_SECONDS) as connection:
-                return await work(connection)
+                try:
+                    return await work(connection)
+                except asyncpg.InternalClientError:
+                    connection.terminate()  # the server has ended it, but its end has not been read yet
+                    raise
         finally:
             self._turns.release()
 

@@ -67,7 +67,9 @@ async def _supervise(loaded: S, serve: Callable[[S, asyncio.Event], Awaitable[No
         raise
     except Exception as error:
         for cause in _causes(error):
-            log.error("service_failed", error=f"{type(cause).__name__}: {cause}", exc_info=cause)
+            # What the system refuses, a port say, is said by the error itself; the rest is a bug to be traced.
+            traced = None if isinstance(cause, OSError) else cause
+            log.error("service_failed", error=f"{type(cause).__name__}: {cause}", exc_info=traced)
         return 1
     finally:
         stopped.cancel()
