@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -101,16 +102,14 @@ async def test_frozen_database_gives_503_by_the_deadline_and_no_pile(
         ready = await gateway.get("/readyz", None)
         assert ready.status == 503
         assert ready.json()["checks"]["postgres"] != "ok"
-        clients = [
-            connection
-            for connection in psutil.Process().net_connections("tcp")
-            if connection.raddr
-            and connection.raddr.port == int(own_postgres.url.split(":")[-1].split("/")[0])
-        ]
+        port = urlsplit(own_postgres.url).port
+        connections = psutil.Process().net_connections("tcp")
+        clients = [each for each in connections if getattr(each.raddr, "port", None) == port]
         assert len(clients) <= 20  # ten, and those being cancelled
 
     async def is_settled() -> bool:
-        return await is_served(gateway) and len(busy_tasks()) <= tasks_before
+        answer = await gateway.get(CURRENT)
+        return answer.status == 200 and len(busy_tasks()) <= tasks_before
 
     await eventually(is_settled, timeout=10)
 
@@ -175,7 +174,7 @@ async def test_database_that_is_not_there_gives_503_at_once() -> None:
 
 async def test_database_stopped_and_started_again_is_found_again(tmp_path: Path) -> None:
     with postgres(tmp_path) as server:
-        port = server.url.split(":")[-1].split("/")[0]
+        port = str(urlsplit(server.url).port)
         subprocess.run(
             [sys.executable, "-m", "alembic", "upgrade", "head"],
             cwd=ROOT,
@@ -217,3 +216,28 @@ async def test_database_without_the_tables_gives_503(database: Database, databas
     async with running(database_url) as gateway:
         for path in (CURRENT, CHART):
             assert unavailable(await gateway.get(path))
+
+
+async def test_connections_are_served_in_order_of_arrival(database_url: str) -> None:
+    """The driver's pool alone would let newcomers overtake those who wait, some of them until they time out."""
+    served: list[int] = []
+    async with databases.connect(database_url, application_name="tests", connections_max=1) as database:
+
+        async def ask(number: int) -> None:
+            await database.fetch_value("SELECT 1")
+            served.append(number)
+
+        asking = []
+        for number in range(300):
+            asking.append(asyncio.create_task(ask(number)))
+            await asyncio.sleep(0)  # one newcomer in each turn of the loop
+        await asyncio.gather(*asking)
+    assert served == list(range(300))
+
+
+async def test_the_gateways_connections_cannot_write(database_url: str) -> None:
+    async with databases.connect(
+        database_url, application_name="tests", connections_max=1, reads_only=True
+    ) as database:
+        with pytest.raises(databases.DatabaseUnavailable, match="read-only transaction"):
+            await database.fetch("DELETE FROM users")
