@@ -3,10 +3,11 @@
 import asyncio
 import sys
 
+import asyncpg
 from alembic import context
 from pydantic import Field
 from sqlalchemy import Connection, text
-from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -15,6 +16,7 @@ from shared.settings import DatabaseUrl, LogSettings, SettingsError
 
 # Two migrators at once wait for each other. The number only has to differ from other uses of the database.
 ADVISORY_LOCK = 4_201_764
+CONNECT_TIMEOUT_SECONDS = 10.0
 
 
 class MigrationSettings(LogSettings):
@@ -31,7 +33,12 @@ def migrate(connection: Connection) -> None:
 
 
 async def migrate_online(url: str) -> None:
-    engine = create_async_engine(make_url(url).set(drivername="postgresql+asyncpg"), poolclass=NullPool)
+    # asyncpg reads the URL itself, as in the services: SQLAlchemy would not know all of its parameters.
+    engine = create_async_engine(
+        "postgresql+asyncpg://",
+        poolclass=NullPool,
+        async_creator=lambda: asyncpg.connect(url, timeout=CONNECT_TIMEOUT_SECONDS),
+    )
     async with engine.connect() as connection:
         await connection.run_sync(migrate)
     await engine.dispose()
@@ -51,8 +58,9 @@ def main() -> None:
     log = logs.get_logger()
     try:
         asyncio.run(migrate_online(loaded.database_url.get_secret_value()))
-    except OSError as error:
-        log.error("migration_failed", error=f"PostgreSQL cannot be reached: {error}")
+    except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError, DBAPIError) as error:
+        reason = str(error).splitlines() or [type(error).__name__]
+        log.error("migration_failed", error=reason[0])
         sys.exit(1)
     log.info("migrated")
 

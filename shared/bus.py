@@ -5,9 +5,11 @@ The only module that imports nats.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Self
+from typing import Any, Self
+from urllib.parse import unquote, urlsplit
 
 import nats.errors
 import nats.js.errors
@@ -27,6 +29,9 @@ PUBLISH_TIMEOUT_SECONDS = 3.0
 PUBLISHES_IN_FLIGHT_MAX = 256
 FETCH_WAIT_SECONDS = 2.0
 FAILURE_PAUSE_SECONDS = 1.0
+READY_POLL_SECONDS = 0.2
+STREAMS_CHECK_SECONDS = 30.0
+PROBLEMS_SAID_MAX = 20
 DUPLICATE_WINDOW = timedelta(minutes=2)
 CONNECT_TIMEOUT_SECONDS = 2
 CANCEL_PAUSE_SECONDS = 0.2
@@ -34,6 +39,10 @@ CANCEL_PAUSE_SECONDS = 0.2
 _NOT_CONNECTED = "not connected"
 
 log = logs.get_logger()
+
+
+class StreamUnfit(Exception):
+    """A stream of the name that we need is there and is another one's."""
 
 
 class BusUnavailable(Exception):
@@ -92,23 +101,26 @@ class Delivery:
 
 
 class Bus:
-    """A connection to NATS that is made, and made again, in the background.
+    """A connection to NATS that is made, and made again, in the background, with the project's streams on it.
 
     Use as an async context manager; entering does not wait for the server. `check()` tells whether it is there.
     """
 
     def __init__(self, url: str, *, name: str) -> None:
-        self._servers = [server.strip() for server in url.split(",")]
+        self._servers, self._credentials = _servers_and_credentials(url)
         self._name = name
         self._client = Client()
         self._js: JetStreamContext | None = None
-        self._ready = asyncio.Event()
+        self._streams_made_at: list[object] | None = None
+        self._doubtful = asyncio.Event()  # something failed: look at the streams again
         self._closed = asyncio.Event()
         self._closing = False
         self._problem = _NOT_CONNECTED
+        self._consumer_problem: str | None = None
+        self._said: set[str] = set()
         self._keeping: asyncio.Task[None] | None = None
         self.streams_found = 0
-        """How often the streams were found or made; when it grows, they may have lost what was in them."""
+        """Grows with every connection and whenever a stream was made anew: what was in it may be lost."""
 
     async def __aenter__(self) -> Self:
         self._keeping = asyncio.create_task(self._keep_connected())
@@ -130,16 +142,22 @@ class Bus:
             log.warning("bus_close_failed", error=_reason(error))
 
     async def check(self) -> str | None:
-        """Return None when NATS is connected and the streams are there, else why not. For readiness."""
-        return None if self._client.is_connected and self._ready.is_set() else self._problem
+        """Return None when NATS, the streams and our consumer are there, else why not. For readiness."""
+        return self._consumer_problem if self._is_usable() else self._problem
 
     async def wait_until_ready(self, stop: asyncio.Event) -> bool:
         """Wait until the bus can be used or `stop` is set; tell whether it can be used."""
         while not stop.is_set():
-            if self._ready.is_set():
+            if self._is_usable():
                 return True
-            await clock.wait_for_stop(stop, 0.2)
+            await clock.wait_for_stop(stop, READY_POLL_SECONDS)
         return False
+
+    def _is_usable(self) -> bool:
+        assert self._keeping is not None
+        if self._keeping.done() and not self._closing:
+            self._keeping.result()  # it ends by a bug alone, which must not stay unseen
+        return self._client.is_connected and self._streams_made_at is not None
 
     async def publish(self, outgoing: Outgoing) -> None:
         """Publish to JetStream and wait for the acknowledgement; raises BusUnavailable without one."""
@@ -171,8 +189,7 @@ class Bus:
 
         failed = [failure for failure in await asyncio.gather(*map(send, messages)) if failure]
         if failed:
-            # The streams may have gone with the server's disk: make them again before the next attempt.
-            await self._declare_streams()
+            self._doubtful.set()  # the streams may have gone with the server's disk
         return failed
 
     async def consume(
@@ -190,13 +207,18 @@ class Bus:
             try:
                 if subscription is None:
                     subscription = await self._subscribe(stream, durable, ack_wait_seconds)
+                    self._consumer_problem = None
                 messages = await subscription.fetch(1, timeout=FETCH_WAIT_SECONDS)
             except TimeoutError:
                 continue
             except _FAILURES as error:
+                await self._lose(subscription)
                 subscription = None
-                log.warning("bus_consumer_lost", stream=stream.name, error=_reason(error))
-                await self._declare_streams()
+                problem = f"consumer {durable} of {stream.name}: {_reason(error)}"
+                if problem != self._consumer_problem and not stop.is_set():
+                    log.warning("bus_consumer_lost", problem=problem)
+                self._consumer_problem = problem
+                self._doubtful.set()
                 await clock.wait_for_stop(stop, FAILURE_PAUSE_SECONDS)
                 continue
             for message in messages:
@@ -216,6 +238,12 @@ class Bus:
         await self._js.add_consumer(stream.name, config=config)
         return await self._js.pull_subscribe_bind(durable, stream=stream.name)
 
+    async def _lose(self, subscription: _Context.PullSubscription | None) -> None:
+        """Take back what a subscription left at the server, if that still can be."""
+        if subscription is not None:
+            with suppress(*_FAILURES):
+                await subscription.unsubscribe()
+
     async def _keep_connected(self) -> None:
         """Connect, and again with a new client should the library give one up (a refused password, say)."""
         while True:
@@ -223,6 +251,7 @@ class Bus:
             try:
                 await self._client.connect(
                     servers=self._servers,
+                    **self._credentials,
                     name=self._name,
                     connect_timeout=CONNECT_TIMEOUT_SECONDS,
                     allow_reconnect=True,
@@ -237,51 +266,90 @@ class Bus:
                 )
                 self._js = self._client.jetstream(timeout=PUBLISH_TIMEOUT_SECONDS)
                 log.info("bus_connected")
-                while not await self._declare_streams() and not self._closed.is_set():  # noqa: ASYNC110
-                    await asyncio.sleep(FAILURE_PAUSE_SECONDS)
-                await self._closed.wait()
+                await self._keep_streams()
             except _FAILURES as error:
                 await self._on_error(error)
-            self._ready.clear()
+            self._streams_made_at = None
             self._client = Client()
             await asyncio.sleep(FAILURE_PAUSE_SECONDS)
 
-    async def _declare_streams(self) -> bool:
-        """Create the streams that are missing; an operator's changes to existing ones are kept."""
+    async def _keep_streams(self) -> None:
+        """See to it that the streams are there, after every failure and now and then, until the client is closed."""
+        self.streams_found += 1
+        while not self._closed.is_set():
+            self._doubtful.clear()
+            found = await self._find_streams()
+            pause = STREAMS_CHECK_SECONDS if found else FAILURE_PAUSE_SECONDS
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._doubtful.wait()
+                    await asyncio.sleep(READY_POLL_SECONDS)  # so that many failures are one look
+
+    async def _find_streams(self) -> bool:
+        """Find or create the streams; an operator's changes to them are kept, unless they lack our subjects."""
         assert self._js is not None
         try:
-            for stream in STREAMS:
-                try:
-                    await self._js.stream_info(stream.name)
-                except nats.js.errors.NotFoundError:
-                    await self._js.add_stream(_stream_config(stream))
-                    log.info("bus_stream_created", stream=stream.name)
-        except _FAILURES as error:
+            made_at = [await self._find_stream(self._js, stream) for stream in STREAMS]
+        except (*_FAILURES, StreamUnfit) as error:
             self._say_problem(f"JetStream: {_reason(error)}")
-            self._ready.clear()
+            self._streams_made_at = None
             return False
-        self.streams_found += 1
-        self._ready.set()
+        if self._streams_made_at not in (None, made_at):
+            self.streams_found += 1
+        self._streams_made_at = made_at
+        self._said.clear()
         return True
+
+    async def _find_stream(self, js: JetStreamContext, stream: Stream) -> object:
+        """Return when the stream was made."""
+        try:
+            info = await js.stream_info(stream.name)
+        except nats.js.errors.NotFoundError:
+            info = await js.add_stream(_stream_config(stream))
+            log.info("bus_stream_created", stream=stream.name)
+        missing = set(stream.subjects) - set(info.config.subjects or ())
+        if missing:
+            raise StreamUnfit(f"stream {stream.name} exists without the subject {', '.join(sorted(missing))}")
+        return info.created
 
     async def _on_error(self, error: Exception) -> None:
         self._say_problem(_reason(error))
 
     async def _on_closed(self) -> None:
         self._closed.set()
+        self._doubtful.set()
 
     async def _on_disconnected(self) -> None:
         self._say_problem("connection lost")
 
     async def _on_reconnected(self) -> None:
-        self._problem = _NOT_CONNECTED
         log.info("bus_reconnected")
-        await self._declare_streams()
+        self._problem = _NOT_CONNECTED
+        self.streams_found += 1
+        self._doubtful.set()
 
     def _say_problem(self, problem: str) -> None:
-        if problem != self._problem and not self._closing:  # once on the change, not once per attempt
+        """Log each problem once until all is well again; a refused password outlasts the resets that follow it."""
+        if problem not in self._said and not self._closing and len(self._said) < PROBLEMS_SAID_MAX:
             log.warning("bus_problem", problem=problem)
-        self._problem = problem
+            self._said.add(problem)
+        if "uthorization" not in self._problem or "uthorization" in problem:
+            self._problem = problem
+
+
+def _servers_and_credentials(url: str) -> tuple[list[str], dict[str, Any]]:
+    """Take user and password, percent-encoded in the URL, out of it; the library would leave them encoded."""
+    credentials: dict[str, Any] = {}
+    servers = []
+    for server in url.split(","):
+        parts = urlsplit(server.strip())
+        user, password = unquote(parts.username or ""), unquote(parts.password or "")
+        if password:
+            credentials = {"user": user, "password": password}
+        elif user:
+            credentials = {"token": user}
+        servers.append(parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl())
+    return servers, credentials
 
 
 def _stream_config(stream: Stream) -> StreamConfig:

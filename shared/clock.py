@@ -35,17 +35,18 @@ async def wait_for_stop(stop: asyncio.Event, timeout: float) -> bool:
 
 
 async def aligned_ticks(interval: timedelta, stop: asyncio.Event) -> AsyncIterator[datetime]:
-    """Yield each boundary of `interval` once it is reached, until `stop` is set.
+    """Yield the boundary of `interval` under way, then each one once it is reached, until `stop` is set.
 
-    Boundaries that pass while the caller works are skipped, not queued. After a backward jump of the
-    wall clock boundaries repeat, after a forward jump they are left out: the caller must not mind either.
+    When boundaries pass while the caller works, the last of them is yielded at once and the others are left out.
+    A jump of the wall clock leaves boundaries out or repeats them: the caller must not mind.
     """
-    boundary = next_boundary(utc_now(), interval)
+    yielded: datetime | None = None
     while not stop.is_set():
         now = utc_now()
-        if now >= boundary:
-            yield last_boundary(now, interval)
-            boundary = next_boundary(utc_now(), interval)
-            continue
-        boundary = min(boundary, next_boundary(now, interval))
-        await wait_for_stop(stop, min((boundary - now).total_seconds(), _CLOCK_CHECK_SECONDS_MAX))
+        boundary = last_boundary(now, interval)
+        if boundary != yielded:
+            yielded = boundary
+            yield boundary
+        else:
+            remaining = (boundary + interval - now).total_seconds()
+            await wait_for_stop(stop, min(remaining, _CLOCK_CHECK_SECONDS_MAX))

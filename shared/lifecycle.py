@@ -6,8 +6,8 @@ Exit codes: 0 after SIGTERM or SIGINT, 1 after a failure, 2 when a setting is wr
 import asyncio
 import signal
 import sys
-from collections.abc import Awaitable, Callable
-from typing import NoReturn, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, NoReturn, TypeVar
 
 import uvloop
 
@@ -39,14 +39,31 @@ def run(
         sys.exit(2)
 
 
+async def finish(work: Coroutine[Any, Any, object], stop: asyncio.Event, *, stop_seconds_max: float) -> None:
+    """Do the work; once `stop` is set it has `stop_seconds_max` to end by itself before it is cancelled."""
+    working = asyncio.ensure_future(work)
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            await asyncio.wait({working}, timeout=stop_seconds_max)
+    finally:
+        working.cancel()
+        stopping.cancel()
+        await asyncio.wait({working, stopping})
+    if not working.cancelled():
+        working.result()
+
+
 async def _supervise(loaded: S, serve: Callable[[S, asyncio.Event], Awaitable[None]]) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def on_signal(name: str) -> None:
-        if not stop.is_set():
-            log.info("stopping", signal=name)
+        first = not stop.is_set()
         stop.set()
+        if first:
+            log.info("stopping", signal=name)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number.name)

@@ -3,14 +3,30 @@
 On a terminal the lines are for a person instead. Tracebacks never show local variables, which may hold secrets.
 """
 
+import io
 import logging
 import sys
+from contextlib import suppress
+from typing import TextIO, cast
 
 import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import FilteringBoundLogger, Processor
 
 _QUIET_LIBRARIES = ("asyncio", "aiohttp", "nats", "urllib3", "alembic", "sqlalchemy")
+
+
+class _LastingStream(io.TextIOBase):
+    """Standard output, of which nobody need be left to read: a service goes on without its log, and stops as asked."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            return sys.stdout.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
 
 
 def get_logger() -> FilteringBoundLogger:
@@ -42,10 +58,10 @@ def configure(service: str, level: str) -> None:
     structlog.configure(
         processors=[*common, exceptions, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _LastingStream())),
         cache_logger_on_first_use=True,
     )
-    library_records = logging.StreamHandler(sys.stdout)
+    library_records = logging.StreamHandler(_LastingStream())
     library_records.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*common, structlog.stdlib.add_logger_name],

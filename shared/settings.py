@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
@@ -18,23 +18,37 @@ class SettingsError(Exception):
     """One or more settings are wrong; the text names each variable and says what is wrong with it."""
 
 
-def _url_of(*schemes: str) -> AfterValidator:
-    def check(value: SecretStr) -> SecretStr:
-        for url in value.get_secret_value().split(","):
-            parts = urlsplit(url.strip())
-            if parts.scheme not in schemes or not parts.netloc:
-                raise ValueError(f"must be a URL that starts with {' or '.join(f'{s}://' for s in schemes)}")
-        return value
+def _checked_servers(value: SecretStr) -> SecretStr:
+    for url in value.get_secret_value().split(","):
+        parts = urlsplit(url.strip())
+        if parts.scheme not in ("nats", "tls") or not parts.hostname or not _has_port(parts):
+            raise ValueError("must be URLs like nats://user:password@host:4222, with commas between")
+    return value
 
-    return AfterValidator(check)
+
+def _checked_database(value: SecretStr) -> SecretStr:
+    parts = urlsplit(value.get_secret_value())
+    hosts = parts.netloc.rpartition("@")[2].split(",")  # several hosts are one URL
+    single_port_wrong = len(hosts) == 1 and not _has_port(parts)
+    if parts.scheme != "postgresql" or not (parts.netloc or "host=" in parts.query) or single_port_wrong:
+        raise ValueError("must be a URL like postgresql://user:password@host:5432/database")
+    return value
+
+
+def _has_port(parts: SplitResult) -> bool:
+    """Tell whether the port is a number that a port can be, or left out."""
+    try:
+        return parts.port != 0
+    except ValueError:
+        return False
 
 
 def _plain_postgres_url(value: SecretStr) -> SecretStr:
     return SecretStr(re.sub(r"^postgres(ql)?(\+asyncpg)?://", "postgresql://", value.get_secret_value()))
 
 
-DatabaseUrl = Annotated[SecretStr, AfterValidator(_plain_postgres_url), _url_of("postgresql")]
-NatsUrl = Annotated[SecretStr, _url_of("nats", "tls")]
+DatabaseUrl = Annotated[SecretStr, AfterValidator(_plain_postgres_url), AfterValidator(_checked_database)]
+NatsUrl = Annotated[SecretStr, AfterValidator(_checked_servers)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 

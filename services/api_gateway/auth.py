@@ -85,9 +85,10 @@ class Verifier:
                     "verify_aud": self._audience is not None,
                 },
             )
+            expires_at = float(claims["exp"])
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise _refusal(error) from error
-        subject, expires_at = claims["sub"], float(claims["exp"])
+        subject = claims["sub"]
         if expires_at <= time.time():
             raise _refused(TOKEN_EXPIRED, "The token has expired.")
         if not _is_storable(subject):

@@ -70,7 +70,7 @@ def answer(
     else:
         profit = current_value - start_value
         start, profit_loss = f"{start_value:f}", f"{profit:f}"
-        profit_loss_percent = f"{money.percent(profit, start_value) + 0:f}"  # + 0: no negative zero
+        profit_loss_percent = f"{money.percent(profit, abs(start_value)) + 0:f}"  # + 0: no negative zero
     return (
         f'{{"timeframe":"{timeframe}","data_points":[{points}],"start_value":{start}'
         f',"current_value":{current_value:f},"profit_loss":{profit_loss}'

@@ -10,7 +10,7 @@ from email.utils import parsedate_to_datetime
 WINDOW_SECONDS = 60.0
 
 PAUSE_MIN = timedelta(seconds=1)
-PAUSE_MAX = timedelta(minutes=5)
+PAUSE_MAX = timedelta(hours=1)
 PAUSE_UNTOLD = timedelta(seconds=15)
 """The pause when Alpaca is out of patience and does not say for how long."""
 

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -13,7 +13,7 @@ from services.price_feeder import metrics, queries
 from services.price_feeder.failures import Unauthorized
 from services.price_feeder.market_data import LastTrades, MarketData
 from services.price_feeder.trades import SIMULATED, Rejection
-from shared import clock, logs
+from shared import clock, lifecycle, logs
 from shared.bus import Bus, Outgoing
 from shared.database import Database, DatabaseUnavailable, SchemaMissing
 from shared.freshness import is_price_fresh
@@ -63,26 +63,9 @@ async def run(
     with suppress(TimeoutError):  # so that the first round can publish, but prices do not wait for NATS
         async with asyncio.timeout(BUS_SECONDS_MAX):
             await bus.wait_until_ready(stop)
-    async for _ in _at_once_and_on(interval, stop):
-        taking = asyncio.create_task(feed.take_round(stop))
-        stopping = asyncio.create_task(stop.wait())
-        try:
-            await asyncio.wait({taking, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if not taking.done():
-                await asyncio.wait({taking}, timeout=STOP_SECONDS_MAX)
-        finally:
-            taking.cancel()
-            stopping.cancel()
-            await asyncio.wait({taking, stopping})
-        if not taking.cancelled():
-            taking.result()
-    await feed.say_stopped()
-
-
-async def _at_once_and_on(interval: timedelta, stop: asyncio.Event) -> AsyncIterator[None]:
-    yield
     async for _ in clock.aligned_ticks(interval, stop):
-        yield
+        await lifecycle.finish(feed.take_round(stop), stop, stop_seconds_max=STOP_SECONDS_MAX)
+    await feed.say_stopped()
 
 
 class Feed:
@@ -143,7 +126,11 @@ class Feed:
         if stored.confirmed:
             self._confirmed_at = received_at
             metrics.LAST_SUCCESS.set(received_at.timestamp())
-        self._say_rejected(answers.rejected)
+        older = {
+            trade.symbol: Rejection.OLDER for trade in answers.trades if trade.symbol not in stored.confirmed
+        }
+        rejected = {**answers.rejected, **older}
+        self._say_rejected(rejected)
         problem = _in_words(answers)
         loud = any(isinstance(error, Unauthorized) for error in answers.problems)
         self._say_problem(problem, loud=loud, at=received_at)
@@ -152,9 +139,9 @@ class Feed:
         return Round(
             outcome=_outcome(held, answers),
             symbols=len(held),
-            confirmed=stored.confirmed,
+            confirmed=len(stored.confirmed),
             changed=len(stored.changed),
-            rejected=len(answers.rejected),
+            rejected=len(rejected),
             waiting=answers.waiting,
             unpublished=len(self._unpublished),
             simulated=any(trade.feed == SIMULATED for trade in answers.trades),

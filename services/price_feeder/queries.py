@@ -24,7 +24,7 @@ class Stored:
     """What a batch of trades did to the cache."""
 
     changed: tuple[PriceTick, ...]
-    confirmed: int
+    confirmed: frozenset[str]
     """Symbols whose cached price is now known to be the last, the changed ones included."""
 
 
@@ -51,6 +51,7 @@ ORDER BY asset_prices.updated_at NULLS FIRST, held.symbol
 # - It is as old as the cached one: that is confirmed to be the last. The cached price stays also when this one's
 #   differs: of several trades in one microsecond the first seen counts, so that the price cannot swing.
 # - It is older: the answer came out of order and says nothing. The row stays as it is, unconfirmed.
+# A confirmation from the future, left by a clock that was wrong, does not outlast the next one.
 # Rows are written in symbol order, so that two writers cannot deadlock. Written twice, the second time says the same.
 STORE_TRADES = """
 INSERT INTO asset_prices AS cached (symbol, price, traded_at, received_at, updated_at, feed)
@@ -59,7 +60,10 @@ FROM unnest($1::text[], $2::numeric[], $3::timestamptz[], $4::text[])
     AS trade (symbol, price, traded_at, feed)
 ORDER BY trade.symbol
 ON CONFLICT (symbol) DO UPDATE SET
-    updated_at = GREATEST(cached.updated_at, EXCLUDED.updated_at),
+    updated_at = CASE
+        WHEN cached.updated_at > EXCLUDED.updated_at + interval '1 minute' THEN EXCLUDED.updated_at
+        ELSE GREATEST(cached.updated_at, EXCLUDED.updated_at)
+    END,
     (price, traded_at, received_at, feed, sequence) = (
         SELECT chosen.price, chosen.traded_at, chosen.received_at, chosen.feed, chosen.sequence
         FROM (VALUES
@@ -93,7 +97,7 @@ async def store_trades(database: Database, trades: Iterable[LastTrade], received
     """Merge trades, one per symbol, into the cache, and commit; the newer trade wins."""
     batch = list(trades)
     if not batch:
-        return Stored((), 0)
+        return Stored((), frozenset())
     rows = await database.fetch(
         STORE_TRADES,
         [trade.symbol for trade in batch],
@@ -102,7 +106,9 @@ async def store_trades(database: Database, trades: Iterable[LastTrade], received
         [trade.feed for trade in batch],
         received_at,
     )
-    return Stored(tuple(_tick(row) for row in rows if row["changed"]), len(rows))
+    return Stored(
+        tuple(_tick(row) for row in rows if row["changed"]), frozenset(row["symbol"] for row in rows)
+    )
 
 
 async def cached_prices(database: Database, symbols: Sequence[str]) -> dict[str, CachedPrice]:

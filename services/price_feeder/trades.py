@@ -1,6 +1,5 @@
 """Alpaca's latest trades, judged one by one: a `LastTrade`, or the reason why not. Pure."""
 
-import math
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -49,6 +48,8 @@ class Rejection(StrEnum):
     TOO_SMALL = "too_small"
     """Rounds to 0.0000."""
     FROM_THE_FUTURE = "from_the_future"
+    OLDER = "older"
+    """Happened before the trade that the cache has: an answer out of order, or a feed that lags behind the last one."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def last_trade(symbol: str, raw: object, *, feed: str, now: datetime) -> LastTra
 def _price(raw: object) -> Decimal | Rejection:
     if raw is None:
         return Rejection.NULL
-    if isinstance(raw, bool) or not isinstance(raw, (int, float)) or math.isnan(raw):
+    if isinstance(raw, bool) or not isinstance(raw, (int, float)) or raw != raw:  # noqa: PLR0124  # NaN
         return Rejection.MALFORMED
     if raw <= 0:
         return Rejection.NOT_POSITIVE

@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from datetime import datetime
 
-from shared.database import Database
+import asyncpg
+
+from shared.database import Database, DatabaseUnavailable
 
 # For the one large statement: room to sort in memory, and a plan for the very shard.
 SERVER_SETTINGS = {"work_mem": "64MB", "plan_cache_mode": "force_custom_plan"}
 
-# A slot of 100,000 users takes seconds; what takes longer than this is stuck.
 TAKE_TIMEOUT_SECONDS = 120.0
+DELETED_USERS_RETRIES_MAX = 5
 
 
 @dataclass(frozen=True)
@@ -52,40 +54,62 @@ detailed AS (
 SELECT
     (SELECT count(*) FROM taken) AS portfolios,
     (SELECT count(*) FROM detailed) AS positions,
-    (SELECT COALESCE(sum(unpriced_positions), 0) FROM taken) AS unpriced
+    (SELECT COALESCE(sum(unpriced_positions), 0) FROM taken) AS unpriced,
+    (SELECT count(*) FROM users WHERE is_active AND ($3 = 1 OR id % $3 = $2)) AS due
 """
 
+# By probes of the indexes on (user_id, timestamp) and (portfolio_snapshot_id, timestamp).
 COUNT_SNAPSHOTS = """
 SELECT
     count(*) AS portfolios,
-    COALESCE(sum(unpriced_positions), 0) AS unpriced,
-    (
-        SELECT count(*)
-        FROM position_snapshots
-        JOIN portfolio_snapshots AS parent
-            ON parent.id = position_snapshots.portfolio_snapshot_id
-            AND parent.timestamp = position_snapshots.timestamp
-        WHERE parent.timestamp = $1 AND parent.user_id % $3 = $2
-    ) AS positions
-FROM portfolio_snapshots
-WHERE timestamp = $1 AND user_id % $3 = $2
+    COALESCE(sum(detail.positions), 0) AS positions,
+    COALESCE(sum(snapshot.unpriced_positions), 0) AS unpriced
+FROM users
+CROSS JOIN LATERAL (
+    SELECT id, unpriced_positions
+    FROM portfolio_snapshots
+    WHERE user_id = users.id AND timestamp = $1
+    OFFSET 0
+) AS snapshot
+CROSS JOIN LATERAL (
+    SELECT count(*) AS positions
+    FROM position_snapshots
+    WHERE portfolio_snapshot_id = snapshot.id AND timestamp = $1
+) AS detail
+WHERE $3 = 1 OR users.id % $3 = $2
 """
 
 
-async def take_snapshots(database: Database, scheduled_at: datetime, shard: int, shards: int) -> ShardTaken:
+async def take_snapshots(
+    database: Database,
+    scheduled_at: datetime,
+    shard: int,
+    shards: int,
+    *,
+    timeout: float = TAKE_TIMEOUT_SECONDS,
+) -> ShardTaken:
     """Value and store every active portfolio of the shard for the slot, committed when this returns.
 
     Raises DatabaseUnavailable or SchemaMissing; nothing of the shard is stored then, or all of it.
     """
-    taken = await database.fetch_row(
-        TAKE_SNAPSHOTS, scheduled_at, shard, shards, timeout=TAKE_TIMEOUT_SECONDS
-    )
-    assert taken is not None
+    taken = await _take(database, scheduled_at, shard, shards, timeout)
     added = taken["portfolios"]
-    if added == 0:  # a second delivery: tell what the first one stored
-        stored = await database.fetch_row(
-            COUNT_SNAPSHOTS, scheduled_at, shard, shards, timeout=TAKE_TIMEOUT_SECONDS
-        )
+    if added < taken["due"]:  # not the first delivery: tell what all of them stored
+        stored = await database.fetch_row(COUNT_SNAPSHOTS, scheduled_at, shard, shards, timeout=timeout)
         assert stored is not None
         taken = stored
     return ShardTaken(taken["portfolios"], taken["positions"], taken["unpriced"], added)
+
+
+async def _take(
+    database: Database, scheduled_at: datetime, shard: int, shards: int, timeout: float
+) -> asyncpg.Record:
+    """Run the statement; again when a user was deleted while it ran, whom it does not see the next time."""
+    for _ in range(DELETED_USERS_RETRIES_MAX):
+        try:
+            taken = await database.fetch_row(TAKE_SNAPSHOTS, scheduled_at, shard, shards, timeout=timeout)
+        except asyncpg.ForeignKeyViolationError:
+            continue
+        assert taken is not None
+        return taken
+    raise DatabaseUnavailable("users were deleted all the while")

@@ -10,7 +10,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from pydantic import ValidationError
 
 from services.snapshotter import queries
-from shared import clock, logs
+from shared import clock, lifecycle, logs
 from shared.bus import Bus, BusUnavailable, Delivery, Outgoing
 from shared.database import Database, DatabaseUnavailable, SchemaMissing
 from shared.messages import SNAPSHOTS_TAKEN, TIMER, SnapshotDue, SnapshotsTaken
@@ -19,11 +19,13 @@ CONSUMER = "snapshotter"
 ACK_WAIT_SECONDS = 15.0
 KEEP_ALIVE_SECONDS = 5.0
 RETRY_SECONDS = 2.0
+STOP_SECONDS_MAX = 3.0
+"""What a shard may still take when the service is to stop; cut off, nothing of it is stored and it comes again."""
+TAKE_SECONDS_MIN, TAKE_SECONDS_MAX = 10.0, 120.0
 CLOCK_SKEW_MAX = timedelta(seconds=5)  # between the replica whose timer published and this one
 
 shards_handled = Counter("snapshot_shards", "Shards handled, by outcome", ["outcome"])
 portfolios_stored = Counter("snapshot_portfolios", "Portfolio snapshots stored")
-positions_stored = Counter("snapshot_positions", "Position snapshots stored")
 shard_seconds = Histogram(
     "snapshot_shard_seconds",
     "Time to value and store a shard",
@@ -37,7 +39,9 @@ log = logs.get_logger()
 async def run(database: Database, bus: Bus, interval: timedelta, stop: asyncio.Event) -> None:
     """Handle due shards as the stream delivers them, one at a time, until `stop` is set."""
     async for delivery in bus.consume(TIMER, durable=CONSUMER, ack_wait_seconds=ACK_WAIT_SECONDS, stop=stop):
-        await handle(database, bus, delivery, interval)
+        await lifecycle.finish(
+            handle(database, bus, delivery, interval), stop, stop_seconds_max=STOP_SECONDS_MAX
+        )
 
 
 async def handle(database: Database, bus: Bus, delivery: Delivery, interval: timedelta) -> None:
@@ -59,7 +63,7 @@ async def handle(database: Database, bus: Bus, delivery: Delivery, interval: tim
         return
     try:
         async with _kept_alive(delivery):
-            taken = await take(database, bus, due, delivery.deliveries)
+            taken = await take(database, bus, due, interval, delivery.deliveries)
     except (DatabaseUnavailable, SchemaMissing, BusUnavailable) as error:
         shards_handled.labels("postponed").inc()
         log.warning("snapshot_postponed", **_slot(due), reason=str(error), retry_seconds=RETRY_SECONDS)
@@ -69,15 +73,22 @@ async def handle(database: Database, bus: Bus, delivery: Delivery, interval: tim
     await delivery.acknowledge()
 
 
-async def take(database: Database, bus: Bus, due: SnapshotDue, deliveries: int) -> queries.ShardTaken:
+async def take(
+    database: Database, bus: Bus, due: SnapshotDue, interval: timedelta, deliveries: int
+) -> queries.ShardTaken:
     """Store the shard's snapshots, then publish that they are there."""
     began = time.monotonic()
-    taken = await queries.take_snapshots(database, due.scheduled_at, due.shard, due.shards)
+    remaining = (due.scheduled_at + interval - clock.utc_now()).total_seconds()
+    taken = await queries.take_snapshots(
+        database,
+        due.scheduled_at,
+        due.shard,
+        due.shards,
+        timeout=min(max(remaining, TAKE_SECONDS_MIN), TAKE_SECONDS_MAX),
+    )
     seconds = time.monotonic() - began
     shard_seconds.observe(seconds)
     portfolios_stored.inc(taken.added)
-    if taken.added:
-        positions_stored.inc(taken.positions)
     last_slot.set(due.scheduled_at.timestamp())
     message = SnapshotsTaken(
         scheduled_at=due.scheduled_at,

@@ -23,7 +23,6 @@ async def run(bus: Bus, interval: timedelta, shards: int, stop: asyncio.Event) -
     Beginning with the slot that is under way means that a restart across a boundary loses no slot; where a
     replica has announced it already, the stream discards the copy.
     """
-    await announce(bus, clock.last_boundary(clock.utc_now(), interval), interval, shards, stop)
     async for scheduled_at in clock.aligned_ticks(interval, stop):
         await announce(bus, scheduled_at, interval, shards, stop)
 

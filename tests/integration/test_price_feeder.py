@@ -107,7 +107,7 @@ async def test_held_symbols_are_each_named_once_least_recently_confirmed_first(d
 
 async def test_nobody_holds_anything(database: Database) -> None:
     assert await held_symbols(database) == []
-    assert (await store_trades(database, [], RECEIVED)).confirmed == 0
+    assert not (await store_trades(database, [], RECEIVED)).confirmed
 
 
 async def test_newer_trade_replaces_the_cached_one(database: Database) -> None:
@@ -131,7 +131,7 @@ async def test_older_trade_changes_and_confirms_nothing(database: Database) -> N
     await store_trades(database, [last("200.5000", TEN)], RECEIVED)
     before = await cached_price(database, "AAPL")
     stored = await store_trades(database, [last("150.0000", TEN - SECOND)], RECEIVED + SECOND)
-    assert (stored.changed, stored.confirmed) == ((), 0)
+    assert (stored.changed, stored.confirmed) == ((), frozenset())
     assert await cached_price(database, "AAPL") == before
 
 
@@ -139,7 +139,7 @@ async def test_older_trade_changes_and_confirms_nothing(database: Database) -> N
 async def test_trade_of_the_same_instant_confirms_and_changes_nothing(database: Database, price: str) -> None:
     first = await store_trades(database, [last("200.5000", TEN)], RECEIVED)
     stored = await store_trades(database, [last(price, TEN)], RECEIVED + SECOND)
-    assert (stored.changed, stored.confirmed) == ((), 1)
+    assert (stored.changed, stored.confirmed) == ((), frozenset({"AAPL"}))
     cached = await cached_price(database, "AAPL")
     assert cached
     assert (cached.tick, cached.confirmed_at) == (first.changed[0], RECEIVED + SECOND)

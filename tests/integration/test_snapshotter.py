@@ -1,10 +1,11 @@
 """The snapshotter on real PostgreSQL and NATS. Values are worked by hand."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import cast
 
 import asyncpg
 import nats
@@ -121,6 +122,36 @@ async def test_second_delivery_changes_nothing_and_tells_what_is_stored(database
     again = await queries.take_snapshots(database, SLOT, 0, 1)
     assert again == queries.ShardTaken(portfolios=1, positions=1, unpriced=1, added=0)
     assert (await stored(database), await details(database)) == before
+
+
+async def test_user_deleted_while_the_statement_runs_is_left_out(
+    database: Database, database_url: str
+) -> None:
+    leaving = await create_user(database, "leaving", cash="1")
+    await create_user(database, "staying", cash="2")
+    other = await asyncpg.connect(database_url)
+    deletion = other.transaction()
+    await deletion.start()
+    await other.execute("DELETE FROM users WHERE id = $1", leaving)
+    taking = asyncio.create_task(queries.take_snapshots(database, SLOT, 0, 1))
+
+    async def is_waiting_for_the_deletion() -> bool:
+        return bool(await database.fetch_value("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+    await eventually(is_waiting_for_the_deletion)
+    await deletion.commit()
+    await other.close()
+    assert (await taking).added == 1
+    assert [row[0] for row in await stored(database)] == ["staying"]
+
+
+async def test_delivery_that_adds_one_more_portfolio_tells_all_that_is_stored(database: Database) -> None:
+    await create_user(database, "first", cash="1", positions={"AAPL": ("1", "1"), "NONE": ("1", "1")})
+    await set_price(database, "AAPL", "10")
+    await queries.take_snapshots(database, SLOT, 0, 1)
+    await create_user(database, "second", positions={"AAPL": ("1", "1")})
+    again = await queries.take_snapshots(database, SLOT, 0, 1)
+    assert again == queries.ShardTaken(portfolios=2, positions=2, unpriced=1, added=1)
 
 
 async def test_replicas_at_once_store_each_portfolio_once(database: Database) -> None:
@@ -261,6 +292,34 @@ async def test_timer_begins_with_the_slot_that_is_under_way(bus: Bus, client: Cl
         stop.set()
     assert due is not None
     assert before <= due.scheduled_at <= utc_now()
+
+
+async def test_an_outage_across_a_boundary_loses_no_later_slot(bus: Bus, client: Client) -> None:
+    """The bus is away for 1.4 intervals: the slot under way when it returns is announced."""
+    interval = timedelta(seconds=2)
+    away_until = last_boundary(utc_now(), interval) + 1.4 * interval
+
+    class Returning:
+        async def publish_all(self, batch: Iterable[Outgoing]) -> list[tuple[Outgoing, str]]:
+            messages = list(batch)
+            if utc_now() < away_until:
+                return [(outgoing, "away") for outgoing in messages]
+            return await bus.publish_all(messages)
+
+    stop = asyncio.Event()
+
+    async def announced() -> SnapshotDue | None:
+        if not (await client.jetstream().stream_info(TIMER.name)).state.messages:
+            return None
+        message = await client.jetstream().get_msg(TIMER.name, 1)
+        return SnapshotDue.model_validate_json(message.data or b"")
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(timer.run(cast(Bus, Returning()), interval, 1, stop))
+        due = await eventually(announced)
+        stop.set()
+    assert due is not None
+    assert due.scheduled_at == last_boundary(away_until, interval)
 
 
 async def test_garbage_and_late_messages_are_put_aside_and_the_next_one_is_taken(

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
@@ -73,6 +73,8 @@ def test_whatever_comes_is_a_storable_trade_or_a_rejection(raw: object) -> None:
 
 
 @given(st.floats() | st.integers())
+@example(10**400)
+@example(-(10**400))
 def test_every_number_is_a_price_within_the_tables_bounds_or_rejected(price: float) -> None:
     trade = judged(price)
     if isinstance(trade, LastTrade):
