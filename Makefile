@@ -1,18 +1,18 @@
 # Commands of the project; `make` alone lists them. Everything runs from a virtual environment of its own.
 .DEFAULT_GOAL := help
-.PHONY: help run token smoke test check format bench env up down verify lock openapi clean
+.PHONY: help run token smoke admin test check format bench env up down verify lock openapi clean
 
 # Compiled modules are kept, else every start would compile pandas anew.
 export PYTHONDONTWRITEBYTECODE =
 
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 LOCAL := .venv/.local
 DEVELOPMENT := .venv/.development
 
 .venv/.%: requirements/%.txt
-	@$(or $(PYTHON),$(error Python 3.11 or later is needed)) local/install.py $*
+	@$(or $(PYTHON),$(error Python 3.11 or later is needed, found $(shell python3 -V 2>&1); install one, or make PYTHON=/path/to/python)) local/install.py $*
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -21,10 +21,13 @@ run: $(LOCAL) ## the whole system on this machine, no Docker, no key; Ctrl-C sto
 	@exec $(BIN)/python -m local run
 
 token: $(LOCAL) ## USER=demo: a bearer token for a user of `make run`
-	@exec $(BIN)/python -m local token $(if $(filter command,$(firstword $(origin USER))),$(USER),demo)
+	@exec $(BIN)/python -m local token '$(if $(filter command,$(firstword $(origin USER))),$(USER),demo)'
 
 smoke: $(LOCAL) ## URL=… TOKEN=…: ask a running system what may be wrong with it (default: `make run`'s)
-	@exec $(BIN)/python -m local smoke $(if $(URL),--url $(URL)) $(if $(TOKEN),--token $(TOKEN))
+	@exec $(BIN)/python -m local smoke $(if $(URL),--url '$(URL)') $(if $(TOKEN),--token '$(TOKEN)')
+
+admin: $(LOCAL) ## ARGS="create-user carol --cash 5000": users, cash, positions and tokens of `make run`
+	@exec $(BIN)/python -m local admin $(or $(ARGS),--help)
 
 test: $(DEVELOPMENT) ## all tests on real servers; BACKEND=external|containers|local, ARGS=… for pytest
 	@exec $(BIN)/python -m pytest $(if $(filter external,$(BACKEND)),,-n 2 --dist loadgroup) \

@@ -1,13 +1,16 @@
-"""`python -m local run | token SUBJECT | smoke`: the commands behind the Makefile."""
+"""`python -m local run | token SUBJECT | smoke | admin …`: the commands behind the Makefile."""
 
 import argparse
 import asyncio
-import json
+import subprocess
 import sys
+from collections.abc import Sequence
 
 from local import smoke
-from local.settings import LocalSettings, read_dotenv
-from local.system import Running, StartFailed, run, token
+from local.readiness import StartFailed
+from local.servers import kept_secret
+from local.settings import LocalSettings, read_dotenv, service_environment
+from local.system import Running, run, running_system, token
 from local.terminal import foreground, say
 from shared import logs, settings
 from shared.settings import SettingsError
@@ -43,6 +46,8 @@ def main() -> int:
         return _print_token(loaded, arguments.subject)
     if arguments.command == "smoke":
         return _smoke(loaded, arguments)
+    if arguments.command == "admin":
+        return _administer(loaded, arguments.arguments)
     say("starting Foliotick")
     try:
         with foreground():
@@ -79,19 +84,26 @@ def _print_token(loaded: LocalSettings, subject: str) -> int:
 
 
 def _smoke(loaded: LocalSettings, arguments: argparse.Namespace) -> int:
-    url, bearer = arguments.url, arguments.token
-    health_urls: dict[str, str] = {}
-    state = loaded.folder / "running.json"
-    if not url:
-        try:
-            running = Running(**json.loads(state.read_text()))
-        except (OSError, ValueError, TypeError):
-            return _failed("no local system is running: `make run`, or give URL=… TOKEN=…")
-        url, health_urls = running.url, running.health_urls
-        bearer = bearer or token(loaded.folder, "demo")
-    if not bearer:
-        return _failed("TOKEN=… is needed with URL=…: a bearer token of a user of that system")
-    return asyncio.run(smoke.run(url, bearer, health_urls))
+    if arguments.url:
+        if not arguments.token:
+            return _failed("TOKEN=… is needed with URL=…: a bearer token of a user of that system")
+        url = arguments.url if "://" in arguments.url else f"http://{arguments.url}"
+        return asyncio.run(smoke.run(url, arguments.token, {}))
+    running = running_system(loaded.folder)
+    if running is None:
+        return _failed("no local system is running: `make run`, or give URL=… TOKEN=…")
+    bearer = arguments.token or token(loaded.folder, "demo")
+    return asyncio.run(smoke.run(running.url, bearer, running.health_urls, simulated=running.simulated))
+
+
+def _administer(loaded: LocalSettings, arguments: Sequence[str]) -> int:
+    """Run an administrator's command on the local system."""
+    running = running_system(loaded.folder)
+    if running is None:
+        return _failed("no local system is running: `make run` starts it")
+    own = {"DATABASE_URL": running.database_url, "JWT_SECRET": kept_secret(loaded.folder / "jwt_secret")}
+    command = [sys.executable, "-m", "services.admin", *arguments]
+    return subprocess.run(command, env=service_environment(own), check=False).returncode
 
 
 def _failed(problem: str, *, code: int = 1) -> int:
@@ -108,6 +120,8 @@ def _arguments() -> argparse.Namespace:
     asking = commands.add_parser("smoke", help="ask a running system what may be wrong with it")
     asking.add_argument("--url", help="of the gateway, http://host:port; default: the local system's")
     asking.add_argument("--token", help="a bearer token of a user of that system")
+    administering = commands.add_parser("admin", help="run a command of services.admin on the local system")
+    administering.add_argument("arguments", nargs=argparse.REMAINDER)
     return parser.parse_args()
 
 

@@ -1,6 +1,6 @@
 """Demo portfolios, and a year of their history valued at the simulated market's own past prices."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -10,6 +10,7 @@ from shared.clock import last_boundary
 from shared.database import Connection, Database
 
 HISTORY_TIMEOUT_SECONDS = 60.0
+REPLAYED_POSITIONS_MAX = 10
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,19 @@ _DENSITIES = (
 )
 
 
-async def fill(database: Database, now: datetime, *, history: SyntheticMarket | None) -> int:
+def users_of_replay(symbols: Sequence[str]) -> tuple[DemoUser, ...]:
+    """Portfolios of what a replay has prices for."""
+    held = tuple((symbol, "100", "10000.00") for symbol in symbols[:REPLAYED_POSITIONS_MAX])
+    return tuple(DemoUser(user.subject, user.cash, held) for user in DEMO_USERS)
+
+
+async def fill(
+    database: Database,
+    now: datetime,
+    *,
+    history: SyntheticMarket | None,
+    users: Sequence[DemoUser] = DEMO_USERS,
+) -> int:
     """Create the demo users, with a year of history when a market is given; return the snapshots made.
 
     Does nothing when the database has any user. All or nothing: it is one transaction.
@@ -58,15 +71,15 @@ async def fill(database: Database, now: datetime, *, history: SyntheticMarket | 
     async with database.transaction() as connection:
         if await connection.fetchval("SELECT EXISTS (SELECT FROM users)"):
             return 0
-        await _create_users(connection)
+        await _create_users(connection, users)
         if history is None:
             return 0
-        await _load_prices(connection, history, now)
+        await _load_prices(connection, history, users, now)
         return await _value_history(connection)
 
 
-async def _create_users(connection: Connection) -> None:
-    for user in DEMO_USERS:
+async def _create_users(connection: Connection, users: Sequence[DemoUser]) -> None:
+    for user in users:
         user_id = await connection.fetchval(
             "INSERT INTO users (subject, cash_balance) VALUES ($1, $2) RETURNING id",
             user.subject,
@@ -78,11 +91,13 @@ async def _create_users(connection: Connection) -> None:
         )
 
 
-async def _load_prices(connection: Connection, market: SyntheticMarket, now: datetime) -> None:
+async def _load_prices(
+    connection: Connection, market: SyntheticMarket, users: Sequence[DemoUser], now: datetime
+) -> None:
     await connection.execute(
         "CREATE TEMPORARY TABLE past_prices (symbol TEXT, at TIMESTAMPTZ, price NUMERIC(15, 4)) ON COMMIT DROP"
     )
-    symbols = {ticker for user in DEMO_USERS for ticker, _, _ in user.positions}
+    symbols = {ticker for user in users for ticker, _, _ in user.positions}
     instants = list(history_instants(now))
     await connection.copy_records_to_table(
         "past_prices",

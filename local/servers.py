@@ -30,15 +30,27 @@ class ServerFailed(Exception):
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: how to reach it, and its process."""
+    """A running server: how to reach it, its process and its log."""
 
+    name: str
     url: str
     process: subprocess.Popen[bytes]
+    log: Path
+
+    def ended(self) -> str | None:
+        """Return None while it runs, then one line that says how it ended."""
+        code = self.process.poll()
+        if code is None:
+            return None
+        how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+        return f"{self.name} ended with {how} (log: {self.log})"
 
 
-def child_command(command: Sequence[str]) -> list[str]:
+def child_command(command: Sequence[str], *, death_signal: str = "TERM") -> list[str]:
     """Return the command so that it ends with this process, also when that is killed."""
-    return ["setpriv", "--pdeathsig", "TERM", "--", *command] if shutil.which("setpriv") else [*command]
+    if not shutil.which("setpriv"):
+        return [*command]
+    return ["setpriv", "--pdeathsig", death_signal, "--", *command]
 
 
 @contextmanager
@@ -56,7 +68,8 @@ def postgres(folder: Path, *, settings: Mapping[str, str] | None = None) -> Iter
     port, process = _start_postgres(data, folder / "postgres.log", options)
     try:
         _create_database(port, password)
-        yield Server(f"postgresql://foliotick:{password}@127.0.0.1:{port}/foliotick", process)
+        url = f"postgresql://foliotick:{password}@127.0.0.1:{port}/foliotick"
+        yield Server("PostgreSQL", url, process, folder / "postgres.log")
     finally:
         # SIGINT is PostgreSQL's fast shutdown: clients are cut off, everything is written.
         _stop(process, signal.SIGINT)
@@ -80,7 +93,7 @@ def nats_server(folder: Path) -> Iterator[Server]:
     process = _spawn(command, log, environment)
     try:
         port = _nats_port(folder, process, log)
-        yield Server(f"nats://foliotick:{password}@127.0.0.1:{port}", process)
+        yield Server("nats-server", f"nats://foliotick:{password}@127.0.0.1:{port}", process, log)
     finally:
         _stop(process, signal.SIGTERM)
 
@@ -98,7 +111,7 @@ def _postgres_binary(name: str) -> str:
 def _as_postgres_user(command: Sequence[str]) -> list[str]:
     """PostgreSQL refuses to run as root: as root, run it as nobody, able to pass through root's folders."""
     if os.geteuid() != 0:
-        return child_command(command)
+        return child_command(command, death_signal="INT")  # its TERM would wait for clients to leave
     nobody = pwd.getpwnam("nobody")
     return [
         "setpriv",
@@ -169,9 +182,12 @@ def _create_database(port: int, password: str) -> None:
         if done.returncode == 0:
             return
         # After a crash PostgreSQL replays its log first and turns clients away meanwhile.
-        if "starting up" not in done.stderr or time.monotonic() > deadline:
-            problem = done.stderr.strip().splitlines()
-            raise ServerFailed(f"PostgreSQL does not answer: {problem[-1] if problem else 'no reason given'}")
+        if "the database system is" not in done.stderr or time.monotonic() > deadline:
+            lines = done.stderr.strip().splitlines()
+            problem = next(
+                (line for line in lines if "FATAL" in line), lines[-1] if lines else "no reason given"
+            )
+            raise ServerFailed(f"PostgreSQL does not answer: {problem}")
         time.sleep(_POLL_SECONDS)
 
 

