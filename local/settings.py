@@ -16,6 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 _OWN = ("DATABASE_URL", "NATS_URL", "JWT_SECRET", "JWT_JWKS_URL", "JWT_ISSUER", "JWT_AUDIENCE", "HEALTH_PORT")
 
 
+SIMULATED_KEYS = {"ALPACA_API_KEY": "simulated", "ALPACA_SECRET_KEY": "simulated"}
+
+
 class LocalSettings(LogSettings):
     local_data_dir: Path = Field(
         default=Path(".foliotick"), description="Folder of `make run`: databases, logs, secrets."

@@ -1,13 +1,8 @@
 """Start the whole system in order, watch it, and stop it in the reverse order."""
 
 import asyncio
-import errno
-import fcntl
 import json
-import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,29 +13,23 @@ from pathlib import Path
 
 import aiohttp
 
-from local import demo, readiness
+from local import demo, preflight, readiness
 from local.children import Child
 from local.readiness import StartFailed
 from local.servers import Server, ServerFailed, kept_secret, nats_server, postgres
-from local.settings import ROOT, LocalSettings, free_port, service_environment
+from local.settings import ROOT, SIMULATED_KEYS, LocalSettings, free_port, service_environment
 from local.terminal import say, step
 from services.admin.settings import TokenSettings
 from services.admin.tokens import minted_token
-from services.api_gateway.settings import Settings as GatewaySettings
 from services.market_simulator.replay import ReplayFileError, read_replay
 from services.market_simulator.settings import Settings as SimulatorSettings
 from services.market_simulator.synthetic import SyntheticMarket
-from services.price_feeder.settings import Settings as FeederSettings
-from services.snapshotter.settings import Settings as SnapshotterSettings
 from shared import database as databases
 from shared.clock import utc_now, wait_for_stop
 from shared.database import Database, DatabaseUnavailable
-from shared.settings import SettingsError, load
 
-DISK_MB_MIN = 300
 SERVERS_CHECK_SECONDS = 0.5
 RUNNING_FILE = "running.json"
-SIMULATED_KEYS = {"ALPACA_API_KEY": "simulated", "ALPACA_SECRET_KEY": "simulated"}
 TOKEN_LIFETIME = timedelta(days=30)
 SERVICES = ("price_feeder", "snapshotter", "api_gateway")
 
@@ -63,10 +52,10 @@ async def run(settings: LocalSettings, on_running: Callable[[Running, str], None
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
     folder = settings.folder
-    with _sole_use(folder):
-        _check_settings(settings)
-        _check_room(folder)
-        _check_port(settings.gateway_host, settings.gateway_port)
+    with preflight.sole_use(folder):
+        preflight.check_settings(settings)
+        preflight.check_room(folder)
+        preflight.check_port(settings.gateway_host, settings.gateway_port)
         try:
             async with AsyncExitStack() as stack:
                 running = await _start(settings, stack, stop)
@@ -86,7 +75,7 @@ async def run(settings: LocalSettings, on_running: Callable[[Running, str], None
 def running_system(folder: Path) -> Running | None:
     """Return where the system on this folder is, or None when none runs."""
     try:
-        with _sole_use(folder):
+        with preflight.sole_use(folder):
             return None
     except StartFailed:
         pass
@@ -233,67 +222,3 @@ def _watched(children: list[Child], servers: list[Server], stop: asyncio.Event) 
             task.cancel()
     if failures:
         raise StartFailed(failures[0])
-
-
-@contextmanager
-def _sole_use(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; two systems on one folder would ruin it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".gitignore").write_text("*\n")  # it holds secrets, whatever it is called
-        lock = (folder / "lock").open("w")
-    except OSError as error:
-        raise StartFailed(f"{folder} cannot be written: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StartFailed(
-                f"it runs already, on {folder} (a second one needs its own LOCAL_DATA_DIR and GATEWAY_PORT)"
-            ) from error
-        yield
-
-
-def _check_room(folder: Path) -> None:
-    free_mb = shutil.disk_usage(folder).free // 1_000_000
-    if free_mb < DISK_MB_MIN:
-        raise StartFailed(f"the disk of {folder} has {free_mb} MB free, {DISK_MB_MIN} MB are needed")
-
-
-def _check_port(host: str, port: int) -> None:
-    try:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            problem = f"port {port} of {host} cannot be used: {error.strerror}"
-        else:
-            problem = f"port {port} of {host} is taken: GATEWAY_PORT={port + 1} make run"
-        raise StartFailed(problem) from error
-
-
-def _check_settings(settings: LocalSettings) -> None:
-    """Read every service's settings as the service will, so that all that is wrong is said before anything starts."""
-    if settings.alpaca_secret_key and settings.simulated:
-        raise StartFailed(
-            "ALPACA_SECRET_KEY is set and ALPACA_API_KEY is not: set both, or neither to simulate the market"
-        )
-    planned = {"DATABASE_URL": "postgresql://127.0.0.1/planned", "JWT_SECRET": "planned " * 8}
-    planned |= SIMULATED_KEYS if settings.simulated else {}
-    before = dict(os.environ)
-    problems: list[str] = []
-    try:
-        environment = service_environment(planned)
-        os.environ.clear()
-        os.environ.update(environment)
-        for model in (FeederSettings, SnapshotterSettings, GatewaySettings, SimulatorSettings):
-            try:
-                load(model)
-            except SettingsError as error:
-                problems += [line for line in str(error).splitlines() if line not in problems]
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    if problems:
-        raise StartFailed("settings are wrong:" + "".join(f"\n  {problem}" for problem in problems))

@@ -1,6 +1,7 @@
 """Health of a process: `/healthz` (it runs), `/readyz` (what it needs answers), `/metrics` (Prometheus)."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 
@@ -12,6 +13,7 @@ Check = Callable[[], Awaitable[str | None]]
 """Returns None when the thing checked is well, else one line that says what is wrong."""
 
 CHECK_TIMEOUT_SECONDS = 2.0
+REMEMBERED_SECONDS = 1.0
 
 
 async def readiness(checks: Mapping[str, Check]) -> dict[str, str]:
@@ -34,8 +36,17 @@ def routes(service: str, checks: Mapping[str, Check]) -> list[web.RouteDef]:
     async def healthz(_: web.Request) -> web.Response:
         return web.json_response({"service": service, "status": "ok"})
 
+    remembered: dict[str, str] = {}
+    until = 0.0
+    asking = asyncio.Lock()
+
     async def readyz(_: web.Request) -> web.Response:
-        results = await readiness(checks)
+        nonlocal remembered, until
+        async with asking:  # however many ask, the database is asked once a second
+            if time.monotonic() >= until:
+                remembered = await readiness(checks)
+                until = time.monotonic() + REMEMBERED_SECONDS
+            results = remembered
         ready = all(result == "ok" for result in results.values())
         body = {"service": service, "status": "ready" if ready else "not ready", "checks": results}
         return web.json_response(body, status=200 if ready else 503)

@@ -13,6 +13,8 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+JWT_SECRET_BYTES_MIN = 32
+
 
 class SettingsError(Exception):
     """One or more settings are wrong; the text names each variable and says what is wrong with it."""
@@ -47,8 +49,15 @@ def _plain_postgres_url(value: SecretStr) -> SecretStr:
     return SecretStr(re.sub(r"^postgres(ql)?(\+asyncpg)?://", "postgresql://", value.get_secret_value()))
 
 
+def _long_enough(secret: SecretStr) -> SecretStr:
+    if len(secret.get_secret_value().encode()) < JWT_SECRET_BYTES_MIN:
+        raise ValueError(f"at least {JWT_SECRET_BYTES_MIN} bytes long (`openssl rand -hex 32` makes one)")
+    return secret
+
+
 DatabaseUrl = Annotated[SecretStr, AfterValidator(_plain_postgres_url), AfterValidator(_checked_database)]
 NatsUrl = Annotated[SecretStr, AfterValidator(_checked_servers)]
+JwtSecret = Annotated[SecretStr, AfterValidator(_long_enough)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 

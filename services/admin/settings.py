@@ -1,18 +1,8 @@
 """Settings of the administrator's commands: the database, or what tokens are signed with."""
 
-from typing import Annotated
+from pydantic import Field
 
-from pydantic import AfterValidator, Field, SecretStr
-
-from shared.settings import DatabaseUrl, LogSettings
-
-SECRET_BYTES_MIN = 32
-
-
-def _long_enough(secret: SecretStr) -> SecretStr:
-    if len(secret.get_secret_value().encode()) < SECRET_BYTES_MIN:
-        raise ValueError(f"at least {SECRET_BYTES_MIN} bytes long")
-    return secret
+from shared.settings import DatabaseUrl, JwtSecret, LogSettings
 
 
 class DatabaseSettings(LogSettings):
@@ -26,7 +16,7 @@ class DatabaseSettings(LogSettings):
 class TokenSettings(LogSettings):
     """What minting a token needs: the gateway's own settings."""
 
-    jwt_secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = Field(
+    jwt_secret: JwtSecret | None = Field(
         default=None,
         description="Secret that bearer tokens are signed with (HS256), at least 32 bytes.",
     )

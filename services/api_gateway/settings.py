@@ -4,18 +4,10 @@ from typing import Annotated
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
-from shared.settings import Port, ServiceSettings
-
-SECRET_BYTES_MIN = 32
-
-
-def _long_enough(secret: SecretStr) -> SecretStr:
-    if len(secret.get_secret_value().encode()) < SECRET_BYTES_MIN:
-        raise ValueError(f"at least {SECRET_BYTES_MIN} bytes long (`openssl rand -hex 32` makes one)")
-    return secret
+from shared.settings import JwtSecret, Port, ServiceSettings
 
 
 def _http_url(value: str) -> str:
@@ -61,7 +53,7 @@ class Settings(ServiceSettings):
     health_port: Port = Field(
         default=8081, description="Port of the gateway's /healthz, /readyz and /metrics."
     )
-    jwt_secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = Field(
+    jwt_secret: JwtSecret | None = Field(
         default=None, description="Shared secret of HS256 tokens, at least 32 bytes. Or set JWT_JWKS_URL."
     )
     jwt_jwks_url: Annotated[str, AfterValidator(_http_url)] | None = Field(
