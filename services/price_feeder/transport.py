@@ -132,9 +132,9 @@ class Door(HTTPAdapter):
             self._shared_pause.begin(limited, length)
             return limited
         if status in (401, 403):
-            unauthorized = Unauthorized(
-                f"Alpaca refuses the key, {problem}; check ALPACA_API_KEY and ALPACA_SECRET_KEY"
-            )
+            plan = ", and that the plan has the feed ALPACA_FEED" if status == 403 else ""
+            advice = f"check ALPACA_API_KEY and ALPACA_SECRET_KEY{plan}"
+            unauthorized = Unauthorized(f"Alpaca {problem.rstrip('.')}: {advice}")
             # 401 is about the key; 403 may be about this feed alone.
             (self._shared_pause if status == 401 else self._pause).begin(unauthorized, UNAUTHORIZED_PAUSE)
             return unauthorized

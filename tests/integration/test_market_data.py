@@ -360,7 +360,7 @@ async def test_refused_key_is_not_tried_again_for_a_minute(alpaca: FakeAlpaca, m
     alpaca.fault = answers("401 Unauthorized", '{"message": "unauthorized."}')
     (problem,) = (await ask(market, "AAPL")).problems
     assert isinstance(problem, Unauthorized)
-    assert str(problem) == "answered 401: unauthorized."
+    assert str(problem) == "Alpaca answered 401: unauthorized: check ALPACA_API_KEY and ALPACA_SECRET_KEY"
     for _ in range(3):
         assert (await ask(market, "AAPL", "BTC/USD")).waiting == 2
     assert len(alpaca.asked) == 1
@@ -375,7 +375,11 @@ async def test_feed_outside_the_plan_does_not_cost_the_other_asset_class(
     for _ in range(3):
         found = await ask(market, "AAPL", "BTC/USD")
         assert prices(found) == {"BTC/USD": "29791.0000"}
-        assert [str(problem) for problem in found.problems] == [f"answered 403: {message}"]
+        (problem,) = found.problems
+        assert str(problem) == (
+            f"Alpaca answered 403: {message}: check ALPACA_API_KEY and ALPACA_SECRET_KEY, "
+            "and that the plan has the feed ALPACA_FEED"
+        )
     assert [request.path for request in alpaca.asked].count(STOCKS) == 1
 
 
