@@ -32,18 +32,19 @@ async def announce(
 ) -> None:
     """Publish SnapshotDue for every shard, trying again while the slot is younger than one interval."""
     waiting = [due(scheduled_at, shard, shards) for shard in range(shards)]
+    reason = ""
     while not stop.is_set():
+        if clock.utc_now() - scheduled_at >= interval:
+            slots_missed.inc()
+            log.error(
+                "slot_missed", scheduled_at=scheduled_at.isoformat(), shards=len(waiting), reason=reason
+            )
+            return
         failed = await bus.publish_all(waiting)
         if not failed:
             slots_announced.inc()
             return
-        waiting = [outgoing for outgoing, _ in failed]
-        if clock.utc_now() - scheduled_at >= interval:
-            slots_missed.inc()
-            log.error(
-                "slot_missed", scheduled_at=scheduled_at.isoformat(), shards=len(waiting), reason=failed[0][1]
-            )
-            return
+        waiting, reason = [outgoing for outgoing, _ in failed], failed[0][1]
         await clock.wait_for_stop(stop, RETRY_SECONDS)
 
 

@@ -61,4 +61,6 @@ def test_short_secret_is_refused_and_not_shown(environment: pytest.MonkeyPatch) 
     environment.setenv("JWT_SECRET", "too-short")
     with pytest.raises(SettingsError) as refused:
         settings.load(TokenSettings)
-    assert str(refused.value) == "JWT_SECRET must be at least 32 bytes long"
+    assert (
+        str(refused.value) == "JWT_SECRET must be at least 32 bytes long (`openssl rand -hex 32` makes one)"
+    )
