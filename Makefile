@@ -10,6 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 LOCAL := .venv/.local
 DEVELOPMENT := .venv/.development
+BENCH := .venv/.bench
 
 .venv/.%: requirements/%.txt
 	@$(or $(PYTHON),$(error Python 3.11 or later is needed, found $(shell python3 -V 2>&1); install one, or make PYTHON=/path/to/python)) local/install.py $*
@@ -39,7 +40,7 @@ check: $(DEVELOPMENT) ## format, lint, types, imports
 format: $(DEVELOPMENT) ## format the code
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-bench: $(DEVELOPMENT) ## measure the performance goals
+bench: $(BENCH) ## measure the performance goals; ARGS="--quick", "--only snapshots", --help
 	@exec $(BIN)/python -m bench $(ARGS)
 
 env: .env ## write .env with random secrets, for docker compose; one that is there stays
@@ -60,7 +61,7 @@ openapi: $(DEVELOPMENT) ## write docs/openapi.json from the response models
 	@exec $(BIN)/python -m services.api_gateway.openapi > docs/openapi.json
 
 lock: $(DEVELOPMENT) ## compile requirements/ from pyproject.toml
-	@for name in services local development; do \
+	@for name in services local bench development; do \
 		group=$$([ $$name = services ] || echo --group $$name); \
 		$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate \
 			--python-version 3.11 $$group pyproject.toml -o requirements/$$name.txt; done

@@ -1,6 +1,6 @@
 """Install a file of hashed requirements into `.venv`, made when missing, showing progress.
 
-Runs on the bare machine, before anything is installed: standard library only. Usage: install.py local|development
+Runs on the bare machine, before anything is installed: standard library only. Usage: install.py local|bench|development
 """
 
 import re
