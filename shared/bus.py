@@ -1,14 +1,14 @@
-"""NATS: one connection that heals for ever, JetStream publishing with acknowledgement, durable consuming.
+"""NATS: one connection that heals for ever, JetStream publishing with acknowledgement, consuming and listening.
 
 The only module that imports nats.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Protocol, Self
 from urllib.parse import unquote, urlsplit
 
 import nats.errors
@@ -35,6 +35,11 @@ PROBLEMS_SAID_MAX = 20
 DUPLICATE_WINDOW = timedelta(minutes=2)
 CONNECT_TIMEOUT_SECONDS = 2
 CANCEL_PAUSE_SECONDS = 0.2
+LISTEN_CHECK_SECONDS = 1.0
+LISTEN_ANSWER_SECONDS_MAX = 2.0
+"""A listener is told within these two that a server has frozen; the pings above take up to 30 s to notice it."""
+LISTEN_WAITING_MAX = 65_536
+LISTEN_WAITING_BYTES_MAX = 16 * 1024 * 1024
 
 _NOT_CONNECTED = "not connected"
 
@@ -100,6 +105,42 @@ class Delivery:
             log.warning("bus_answer_failed", error=_reason(error))
 
 
+class Listener(Protocol):
+    """Hears messages; every method is called in the event loop, must be quick and must not raise."""
+
+    def heard(self, subject: str, payload: bytes) -> None:
+        """Take a message, in the order of its subject, once while nothing is interrupted."""
+
+    def interrupted(self) -> None:
+        """Learn that messages may have been missed, and may be until `resumed`."""
+
+    def resumed(self) -> None:
+        """Learn that from now on every message is heard."""
+
+
+class _Ear:
+    """What a listener's subscriptions and the connection's callbacks share."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+        self.hears = False
+        self.lost = asyncio.Event()
+
+    async def hear(self, message: Msg) -> None:
+        self.listener.heard(message.subject, message.data)
+
+    def resume(self) -> None:
+        if not self.lost.is_set():
+            self.hears = True
+            self.listener.resumed()
+
+    def lose(self) -> None:
+        self.lost.set()
+        if self.hears:
+            self.hears = False
+            self.listener.interrupted()
+
+
 class Bus:
     """A connection to NATS that is made, and made again, in the background, with the project's streams on it.
 
@@ -118,6 +159,7 @@ class Bus:
         self._problem = _NOT_CONNECTED
         self._consumer_problem: str | None = None
         self._said: set[str] = set()
+        self._ears: set[_Ear] = set()
         self._keeping: asyncio.Task[None] | None = None
         self.streams_found = 0
         """Grows with every connection and whenever a stream was made anew: what was in it may be lost."""
@@ -244,6 +286,72 @@ class Bus:
             with suppress(*_FAILURES):
                 await subscription.unsubscribe()
 
+    async def listen(
+        self,
+        subjects: Sequence[str],
+        listener: Listener,
+        stop: asyncio.Event,
+        *,
+        waiting_max: int = LISTEN_WAITING_MAX,
+    ) -> None:
+        """Let `listener` hear what is published on the subjects, from now on and not durably, until `stop`.
+
+        What JetStream stores is heard as well. A message costs one call: none is parsed, acknowledged or asked for
+        again. Instead the listener is told when messages may have been missed: the connection is lost, the server
+        does not answer within LISTEN_CHECK_SECONDS and LISTEN_ANSWER_SECONDS_MAX, or more than `waiting_max` messages
+        wait for this process. It is told again once every message is heard.
+        """
+        while not stop.is_set():
+            client = self._client
+            if not client.is_connected:
+                await clock.wait_for_stop(stop, READY_POLL_SECONDS)
+                continue
+            ear = _Ear(listener)
+            self._ears.add(ear)
+            try:
+                await self._listen(client, subjects, ear, stop, waiting_max)
+            except _FAILURES as error:
+                self._say_problem(f"listening: {_reason(error)}")
+                ear.lose()
+                await clock.wait_for_stop(stop, FAILURE_PAUSE_SECONDS)
+            finally:
+                ear.lose()
+                self._ears.discard(ear)
+
+    async def _listen(
+        self, client: Client, subjects: Sequence[str], ear: _Ear, stop: asyncio.Event, waiting_max: int
+    ) -> None:
+        """Listen until `stop`, or until messages may have been missed."""
+        subscriptions = []
+        try:
+            for subject in subjects:
+                subscriptions.append(
+                    await client.subscribe(
+                        subject,
+                        cb=ear.hear,
+                        pending_msgs_limit=waiting_max,
+                        pending_bytes_limit=LISTEN_WAITING_BYTES_MAX,
+                    )
+                )
+            stopping = asyncio.ensure_future(stop.wait())
+            losing = asyncio.ensure_future(ear.lost.wait())
+            try:
+                while not (stopping.done() or losing.done()):
+                    # Its answer comes after all that the server has sent before, and after the subscriptions.
+                    await client.flush(timeout=LISTEN_ANSWER_SECONDS_MAX)  # type: ignore[arg-type]  # a fraction works
+                    if not ear.hears:
+                        ear.resume()
+                    await asyncio.wait(
+                        {stopping, losing}, timeout=LISTEN_CHECK_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                    )
+            finally:
+                stopping.cancel()
+                losing.cancel()
+        finally:
+            for subscription in subscriptions:
+                with suppress(*_FAILURES):
+                    await subscription.unsubscribe()
+
     async def _keep_connected(self) -> None:
         """Connect, and again with a new client should the library give one up (a refused password, say)."""
         while True:
@@ -313,13 +421,21 @@ class Bus:
         return info.created
 
     async def _on_error(self, error: Exception) -> None:
+        if isinstance(error, nats.errors.SlowConsumerError):
+            self._lose_ears()  # messages of one of them were dropped
         self._say_problem(_reason(error))
 
+    def _lose_ears(self) -> None:
+        for ear in tuple(self._ears):
+            ear.lose()
+
     async def _on_closed(self) -> None:
+        self._lose_ears()
         self._closed.set()
         self._doubtful.set()
 
     async def _on_disconnected(self) -> None:
+        self._lose_ears()
         self._say_problem("connection lost")
 
     async def _on_reconnected(self) -> None:

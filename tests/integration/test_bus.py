@@ -1,9 +1,14 @@
 """The bus against a real NATS server."""
 
 import asyncio
+import os
 import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 
 import nats
 import pytest
@@ -12,12 +17,60 @@ from nats.js.api import ConsumerConfig
 from local.servers import nats_server
 from shared.bus import Bus, Outgoing
 from shared.clock import utc_now
-from shared.messages import SNAPSHOT_DUE, TIMER, SnapshotDue
+from shared.messages import ALL_PRICES, FEED_STATUS, SNAPSHOT_DUE, TIMER, SnapshotDue
 from tests.waiting import eventually
 
 
 def due(shard: int = 0) -> Outgoing:
     return Outgoing(SNAPSHOT_DUE, SnapshotDue(scheduled_at=utc_now(), shard=shard, shards=4), f"due.{shard}")
+
+
+class Heard:
+    """A listener that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def heard(self, subject: str, payload: bytes) -> None:
+        self.told.append(f"{subject}={payload.decode()}" if len(payload) < 10 else subject)
+
+    def interrupted(self) -> None:
+        self.told.append("interrupted")
+
+    def resumed(self) -> None:
+        self.told.append("resumed")
+
+    async def wait_for(self, *told: str) -> None:
+        async def is_told() -> bool:
+            return self.told == list(told)
+
+        try:
+            await eventually(is_told, timeout=15)
+        except AssertionError:
+            assert self.told == list(told)
+
+
+@asynccontextmanager
+async def listening(bus: Bus, subjects: Sequence[str], **options: int) -> AsyncIterator[Heard]:
+    heard, stop = Heard(), asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(bus.listen(subjects, heard, stop, **options))
+        yield heard
+        stop.set()
+
+
+@contextmanager
+def nats_server_at(url: str) -> Iterator[None]:
+    """Run an empty server without JetStream where another one was."""
+    parts = urlsplit(url)
+    command = [str(Path(sys.executable).parent / "nats-server"), "-a", "127.0.0.1", "-p", str(parts.port)]
+    command += [f"--user={unquote(parts.username or '')}", f"--pass={unquote(parts.password or '')}"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 async def test_consumer_receives_what_was_published_once_per_message_id(bus: Bus) -> None:
@@ -138,3 +191,73 @@ async def test_password_is_decoded_from_the_url(tmp_path: Path) -> None:
         encoded = server.url.replace("p@ss/w:rd,1", quote("p@ss/w:rd,1", safe=""))
         async with Bus(encoded, name="tests") as connected:
             assert await asyncio.wait_for(connected.wait_until_ready(asyncio.Event()), 10)
+
+
+async def test_listener_hears_what_is_published_on_its_subjects_from_then_on(bus: Bus, nats_url: str) -> None:
+    await bus.publish(due(1))
+    client = await nats.connect(nats_url)
+    async with listening(bus, [SNAPSHOT_DUE, ALL_PRICES]) as heard:
+        await heard.wait_for("resumed")
+        await bus.publish(due(2))  # through JetStream
+        await client.publish("prices.v1.equity.A", b"1")
+        await client.publish("prices.v1.crypto.B", b"2")
+        await client.publish(FEED_STATUS, b"3")
+        await client.flush()
+        await heard.wait_for("resumed", SNAPSHOT_DUE, "prices.v1.equity.A=1", "prices.v1.crypto.B=2")
+    assert heard.told[-1] == "interrupted"
+    await client.close()
+
+
+async def test_listener_is_told_of_a_server_that_ends_and_of_its_return(tmp_path: Path) -> None:
+    with nats_server(tmp_path / "nats") as server:
+        async with Bus(server.url, name="tests") as bus, listening(bus, [ALL_PRICES]) as heard:
+            await heard.wait_for("resumed")
+            server.process.kill()
+            server.process.wait()
+            await heard.wait_for("resumed", "interrupted")
+            with nats_server_at(server.url):
+                await heard.wait_for("resumed", "interrupted", "resumed")
+                client = await nats.connect(server.url)
+                await client.publish("prices.v1.equity.A", b"1")
+                await heard.wait_for("resumed", "interrupted", "resumed", "prices.v1.equity.A=1")
+                await client.close()
+
+
+async def test_listener_is_told_of_a_server_that_freezes_within_three_seconds(tmp_path: Path) -> None:
+    with nats_server(tmp_path / "nats") as server:
+        async with Bus(server.url, name="tests") as bus, listening(bus, [ALL_PRICES]) as heard:
+            await heard.wait_for("resumed")
+            server.process.send_signal(signal.SIGSTOP)
+            try:
+                async with asyncio.timeout(5):  # the pings of the library would need 20
+                    await heard.wait_for("resumed", "interrupted")
+            finally:
+                server.process.send_signal(signal.SIGCONT)
+            await heard.wait_for("resumed", "interrupted", "resumed")
+
+
+async def test_listener_is_told_of_messages_that_found_no_room(bus: Bus, nats_url: str) -> None:
+    client = await nats.connect(nats_url)
+    async with listening(bus, [ALL_PRICES], waiting_max=10) as heard:
+        await heard.wait_for("resumed")
+        for _ in range(1000):  # arrive in few packets, before any is heard
+            await client.publish("prices.v1.equity.A", b"1")
+        await client.flush()
+
+        async def is_told() -> bool:
+            return "interrupted" in heard.told
+
+        await eventually(is_told)
+
+        async def is_resumed() -> bool:
+            return "resumed" in heard.told[heard.told.index("interrupted") :]
+
+        await eventually(is_resumed)
+        assert heard.told.count("prices.v1.equity.A=1") < 1000
+    await client.close()
+
+
+async def test_listener_without_a_server_waits_for_one_until_it_is_stopped() -> None:
+    async with Bus("nats://127.0.0.1:9", name="tests") as bus, listening(bus, [ALL_PRICES]) as heard:
+        pass
+    assert heard.told == []
