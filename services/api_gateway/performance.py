@@ -1,7 +1,7 @@
-"""The chart's arithmetic: which buckets a timeframe has, and what changed between its start and now. Pure."""
+"""The chart's arithmetic: which buckets a timeframe has, and what changed between its start and its end. Pure."""
 
 from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from enum import StrEnum
 from zoneinfo import ZoneInfo
@@ -57,23 +57,60 @@ def buckets(timeframe: Timeframe, now: datetime, market_timezone: ZoneInfo) -> B
     return MarketDays(date(today.year, 1, 1) if timeframe is Timeframe.YEAR_TO_DATE else None, today)
 
 
+def buckets_until(timeframe: Timeframe, until: datetime, market_timezone: ZoneInfo) -> Buckets | MarketDays:
+    """Return the buckets of the range that is over by `until`: as many as those of `buckets`, none of them cut off.
+
+    The year of YTD is that of the last whole market date.
+    """
+    if timeframe in _WINDOW_AND_WIDTH:
+        window, width = _WINDOW_AND_WIDTH[timeframe]
+        end = last_boundary(until, width)
+        return Buckets(end - window, end - width, width)
+    last = until.astimezone(market_timezone).date() - timedelta(days=1)
+    return MarketDays(date(last.year, 1, 1) if timeframe is Timeframe.YEAR_TO_DATE else None, last)
+
+
+def end(window: Buckets | MarketDays, market_timezone: ZoneInfo) -> datetime:
+    """Return the instant at which the window's last bucket is over."""
+    match window:
+        case Buckets(_, last, width):
+            return last + width
+        case MarketDays(_, day):
+            return datetime.combine(day + timedelta(days=1), time(), market_timezone).astimezone(UTC)
+
+
+def last_value(points: str) -> Decimal | None:
+    """Return the value of the last of the points that a series has as JSON text; None without a point."""
+    value = points[points.rfind('"value":') + len('"value":') : -1].partition(",")[0]
+    return Decimal(value) if points else None
+
+
 def answer(
-    timeframe: Timeframe, points: str, start_value: Decimal | None, current_value: Decimal, *, simulated: bool
+    timeframe: Timeframe,
+    points: str,
+    start_value: Decimal | None,
+    current_value: Decimal | None,
+    *,
+    simulated: bool,
+    until: datetime | None = None,
 ) -> str:
     """Return the JSON text of the answer; `points` are JSON objects with commas between.
 
-    Without a first point there is nothing to compare with: the start, the profit and its percentage are null,
-    because a zero would claim that nothing was gained.
+    `current_value` is the live one, and in a range that ended at `until` the last point's. Without a first point there
+    is nothing to compare with: the start, the profit and its percentage are null, because a zero would claim that
+    nothing was gained.
     """
-    if start_value is None:
+    if start_value is None or current_value is None:
         start = profit_loss = profit_loss_percent = "null"
     else:
         profit = current_value - start_value
         start, profit_loss = f"{start_value:f}", f"{profit:f}"
         profit_loss_percent = f"{money.percent(profit, abs(start_value)) + 0:f}"  # + 0: no negative zero
+    current = "null" if current_value is None else f"{current_value:f}"
+    ended = "" if until is None else f',"until":"{until.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"'
     return (
-        f'{{"timeframe":"{timeframe}","data_points":[{points}],"start_value":{start}'
-        f',"current_value":{current_value:f},"profit_loss":{profit_loss}'
+        f'{{"timeframe":"{timeframe}"{ended},"data_points":[{points}],"start_value":{start}'
+        f',"current_value":{current},"profit_loss":{profit_loss}'
         f',"profit_loss_percent":{profit_loss_percent}'
         f',"data_available":{_json(start_value is not None)},"simulated":{_json(simulated)}}}'
     )
