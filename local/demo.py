@@ -9,6 +9,8 @@ from services.market_simulator.synthetic import SyntheticMarket
 from shared.clock import last_boundary
 from shared.database import Connection, Database
 
+DETAILS_REACH = timedelta(days=35)
+"""For how long the snapshotter keeps the details of positions, by default."""
 HISTORY_TIMEOUT_SECONDS = 60.0
 REPLAYED_POSITIONS_MAX = 10
 
@@ -109,31 +111,42 @@ async def _load_prices(
 
 async def _value_history(connection: Connection) -> int:
     """Value the portfolios at past prices as the snapshotter values them at current ones."""
+    await connection.fetch(
+        """
+        SELECT
+            make_history_partitions(min(at), max(at), '{raw,30m,1h,3h}'),
+            make_history_partitions(max(at) - $1::interval, max(at), '{details}')
+        FROM past_prices
+        """,
+        DETAILS_REACH,
+        timeout=HISTORY_TIMEOUT_SECONDS,
+    )
     made = await connection.fetch(
         """
         INSERT INTO portfolio_snapshots
-            (user_id, timestamp, cash_balance, investment_value, total_value, simulated)
-        SELECT users.id, at, cash_balance, sum(round(shares * price, 2)),
+            (timestamp, user_id, cash_balance, investment_value, total_value, simulated)
+        SELECT at, users.id, cash_balance, sum(round(shares * price, 2)),
             cash_balance + sum(round(shares * price, 2)), TRUE
         FROM users
         JOIN positions ON positions.user_id = users.id
         JOIN past_prices ON past_prices.symbol = positions.ticker
         GROUP BY users.id, at
         ORDER BY at, users.id
-        RETURNING id
+        RETURNING user_id
         """,
         timeout=HISTORY_TIMEOUT_SECONDS,
     )
     await connection.execute(
         """
         INSERT INTO position_snapshots
-            (portfolio_snapshot_id, timestamp, ticker, shares, cost_basis, current_value, price_per_share)
-        SELECT portfolio_snapshots.id, at, ticker, shares, cost_basis, round(shares * price, 2), price
-        FROM portfolio_snapshots
-        JOIN positions USING (user_id)
-        JOIN past_prices ON past_prices.symbol = ticker AND past_prices.at = portfolio_snapshots.timestamp
-        ORDER BY portfolio_snapshots.id
+            (timestamp, user_id, ticker, shares, cost_basis, current_value, price_per_share)
+        SELECT at, user_id, ticker, shares, cost_basis, round(shares * price, 2), price
+        FROM positions
+        JOIN past_prices ON past_prices.symbol = ticker
+        WHERE at >= (SELECT max(at) FROM past_prices) - $1::interval
+        ORDER BY at, user_id
         """,
+        DETAILS_REACH,
         timeout=HISTORY_TIMEOUT_SECONDS,
     )
     return len(made)

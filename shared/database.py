@@ -10,7 +10,7 @@ from asyncpg.pool import PoolConnectionProxy
 
 from shared import logs
 
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
 """The migration that this code needs; a database may be ahead of it."""
 
 CONNECT_TIMEOUT_SECONDS = 3.0

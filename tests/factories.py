@@ -74,6 +74,7 @@ async def add_snapshot(
     database: Database, user_id: int, at: datetime, total: str, *, cash: str = "0", unpriced: int = 0
 ) -> None:
     """Insert a portfolio snapshot without position details."""
+    await make_partitions(database, at, at)
     await database.fetch(
         """
         INSERT INTO portfolio_snapshots
@@ -86,3 +87,8 @@ async def add_snapshot(
         Decimal(cash),
         unpriced,
     )
+
+
+async def make_partitions(database: Database, first: datetime, last: datetime) -> None:
+    """Make room for history of that time."""
+    await database.fetch("SELECT make_history_partitions($1, $2)", first, last, timeout=60)

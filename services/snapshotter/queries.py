@@ -1,4 +1,4 @@
-"""The snapshotter's SQL."""
+"""The snapshotter's SQL: take the snapshots of a shard."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,7 +11,7 @@ from shared.database import Database, DatabaseUnavailable
 SERVER_SETTINGS = {"work_mem": "64MB", "plan_cache_mode": "force_custom_plan"}
 
 TAKE_TIMEOUT_SECONDS = 120.0
-DELETED_USERS_RETRIES_MAX = 5
+TAKE_ATTEMPTS_MAX = 5
 
 
 @dataclass(frozen=True)
@@ -26,56 +26,108 @@ class ShardTaken:
 
 
 # One statement values and stores everything from one view of the data: parent rows, details and counts agree.
-# A portfolio that has its snapshot already is left as it is, which makes every delivery after the first harmless.
-# `$3 = 1 OR` lets the planner see that a single shard is everybody: it thinks little of a modulus.
-TAKE_SNAPSHOTS = """
-WITH taken AS (
-    INSERT INTO portfolio_snapshots
-        (user_id, timestamp, total_value, cash_balance, investment_value, unpriced_positions, simulated)
-    SELECT user_id, $1, total_value, cash_balance, investment_value, unpriced_positions, simulated
-    FROM portfolio_valuations
-    WHERE is_active AND ($3 = 1 OR user_id % $3 = $2)
+#
+# due       whose turn it is. They are held FOR KEY SHARE, so that none is deleted before this commits; one whose
+#           deletion has begun is left out. `$3 = 1 OR` lets the planner see that a single shard is everybody.
+# priced    every position, valued once, in the order of users: what BRIN needs of the rows written.
+#           OFFSET 0 keeps the join apart from the sort, which the planner else replaces by a slow ordered join.
+# valued    the sums, as in portfolio_valuations (a test compares the two).
+#
+# A conflict with the unique key (user, slot) undoes it all, so it must come before the details are written:
+# `stored` is counted first.
+_TAKE_SNAPSHOTS = """
+WITH due AS MATERIALIZED (
+    SELECT id AS user_id, cash_balance
+    FROM users
+    WHERE is_active AND ($3 = 1 OR id % $3 = $2) {missing_only}
+    ORDER BY id
+    FOR KEY SHARE SKIP LOCKED
+),
+priced AS MATERIALIZED (
+    SELECT user_id, ticker, shares, cost_basis, current_value, price_per_share, feed
+    FROM (
+        SELECT
+            due.user_id, position.ticker, position.shares, position.cost_basis,
+            position.current_value, position.price_per_share, position.feed
+        FROM due
+        JOIN priced_positions AS position ON position.user_id = due.user_id
+        OFFSET 0
+    ) AS held
     ORDER BY user_id
-    ON CONFLICT (user_id, timestamp) DO NOTHING
-    RETURNING id, user_id, unpriced_positions
+),
+valued AS (
+    SELECT
+        user_id,
+        sum(current_value) AS investment_value,
+        count(current_value) AS priced,
+        count(*) AS held,
+        bool_or(feed = 'simulated') FILTER (WHERE current_value IS NOT NULL) AS simulated
+    FROM priced
+    GROUP BY user_id
+),
+stored AS (
+    INSERT INTO portfolio_snapshots
+        (timestamp, user_id, unpriced_positions, simulated, total_value, cash_balance, investment_value)
+    SELECT
+        $1,
+        due.user_id,
+        COALESCE(valued.held - valued.priced, 0),
+        COALESCE(valued.simulated, FALSE),
+        due.cash_balance + COALESCE(valued.investment_value, 0.00),
+        due.cash_balance,
+        COALESCE(valued.investment_value, 0.00)
+    FROM due
+    LEFT JOIN valued USING (user_id)
+    ORDER BY due.user_id
+    RETURNING unpriced_positions
+),
+totals AS MATERIALIZED (
+    SELECT count(*) AS portfolios, COALESCE(sum(unpriced_positions), 0) AS unpriced FROM stored
 ),
 detailed AS (
     INSERT INTO position_snapshots
-        (portfolio_snapshot_id, timestamp, ticker, shares, cost_basis, current_value, price_per_share)
-    SELECT
-        taken.id, $1, priced_positions.ticker, priced_positions.shares, priced_positions.cost_basis,
-        priced_positions.current_value, priced_positions.price_per_share
-    FROM taken
-    JOIN priced_positions USING (user_id)
-    WHERE priced_positions.current_value IS NOT NULL
-    ORDER BY taken.id
-    RETURNING 1
+        (timestamp, user_id, ticker, shares, cost_basis, current_value, price_per_share)
+    SELECT $1, user_id, ticker, shares, cost_basis, current_value, price_per_share
+    FROM priced
+    WHERE current_value IS NOT NULL AND (SELECT portfolios FROM totals) > 0
+),
+reopened AS (
+    SELECT reopen_history($1)
+    WHERE EXISTS (SELECT FROM history_tiers WHERE complete_until > $1)
 )
 SELECT
-    (SELECT count(*) FROM taken) AS portfolios,
-    (SELECT count(*) FROM detailed) AS positions,
-    (SELECT COALESCE(sum(unpriced_positions), 0) FROM taken) AS unpriced,
-    (SELECT count(*) FROM users WHERE is_active AND ($3 = 1 OR id % $3 = $2)) AS due
+    totals.portfolios,
+    (SELECT count(*) FROM priced WHERE current_value IS NOT NULL) AS positions,
+    totals.unpriced
+FROM totals
+LEFT JOIN reopened ON TRUE
 """
 
-# By probes of the indexes on (user_id, timestamp) and (portfolio_snapshot_id, timestamp).
+TAKE_SNAPSHOTS = _TAKE_SNAPSHOTS.format(missing_only="")
+
+# By probes of the key: the planner would rather read the whole week.
+TAKE_MISSING_SNAPSHOTS = _TAKE_SNAPSHOTS.format(
+    missing_only="""
+        AND NOT EXISTS (
+            SELECT FROM portfolio_snapshots WHERE user_id = users.id AND timestamp = $1 OFFSET 0
+        )
+"""
+)
+
 COUNT_SNAPSHOTS = """
-SELECT
-    count(*) AS portfolios,
-    COALESCE(sum(detail.positions), 0) AS positions,
-    COALESCE(sum(snapshot.unpriced_positions), 0) AS unpriced
+SELECT count(*) AS portfolios, COALESCE(sum(snapshot.unpriced_positions), 0) AS unpriced,
+    (
+        SELECT count(*)
+        FROM position_snapshots
+        WHERE timestamp = $1 AND ($3 = 1 OR user_id % $3 = $2)
+    ) AS positions
 FROM users
 CROSS JOIN LATERAL (
-    SELECT id, unpriced_positions
+    SELECT unpriced_positions
     FROM portfolio_snapshots
     WHERE user_id = users.id AND timestamp = $1
     OFFSET 0
 ) AS snapshot
-CROSS JOIN LATERAL (
-    SELECT count(*) AS positions
-    FROM position_snapshots
-    WHERE portfolio_snapshot_id = snapshot.id AND timestamp = $1
-) AS detail
 WHERE $3 = 1 OR users.id % $3 = $2
 """
 
@@ -86,30 +138,40 @@ async def take_snapshots(
     shard: int,
     shards: int,
     *,
+    again: bool = False,
     timeout: float = TAKE_TIMEOUT_SECONDS,
 ) -> ShardTaken:
     """Value and store every active portfolio of the shard for the slot, committed when this returns.
 
-    Raises DatabaseUnavailable or SchemaMissing; nothing of the shard is stored then, or all of it.
+    A portfolio that has its snapshot already is left as it is, which makes every call after the first harmless;
+    `again` says that there may be such, and saves an attempt. Raises DatabaseUnavailable or SchemaMissing;
+    nothing of the shard is stored then, or all of it.
     """
-    taken = await _take(database, scheduled_at, shard, shards, timeout)
-    added = taken["portfolios"]
-    if added < taken["due"]:  # not the first delivery: tell what all of them stored
-        stored = await database.fetch_row(COUNT_SNAPSHOTS, scheduled_at, shard, shards, timeout=timeout)
-        assert stored is not None
-        taken = stored
-    return ShardTaken(taken["portfolios"], taken["positions"], taken["unpriced"], added)
-
-
-async def _take(
-    database: Database, scheduled_at: datetime, shard: int, shards: int, timeout: float
-) -> asyncpg.Record:
-    """Run the statement; again when a user was deleted while it ran, whom it does not see the next time."""
-    for _ in range(DELETED_USERS_RETRIES_MAX):
+    for _ in range(TAKE_ATTEMPTS_MAX):
+        statement = TAKE_MISSING_SNAPSHOTS if again else TAKE_SNAPSHOTS
         try:
-            taken = await database.fetch_row(TAKE_SNAPSHOTS, scheduled_at, shard, shards, timeout=timeout)
-        except asyncpg.ForeignKeyViolationError:
-            continue
-        assert taken is not None
-        return taken
-    raise DatabaseUnavailable("users were deleted all the while")
+            taken = await database.fetch_row(statement, scheduled_at, shard, shards, timeout=timeout)
+        except asyncpg.UniqueViolationError:
+            again = True
+        except (
+            asyncpg.CheckViolationError
+        ):  # no partition for the slot: after a long rest, or with a wrong clock
+            await make_partitions(database, scheduled_at, scheduled_at)
+        else:
+            assert taken is not None
+            added = taken["portfolios"]
+            if again:  # not the first call: tell what all of them stored
+                taken = await database.fetch_row(
+                    COUNT_SNAPSHOTS, scheduled_at, shard, shards, timeout=timeout
+                )
+                assert taken is not None
+            return ShardTaken(taken["portfolios"], taken["positions"], taken["unpriced"], added)
+    raise DatabaseUnavailable("others stored snapshots of the slot all the while")
+
+
+async def make_partitions(database: Database, first: datetime, last: datetime) -> int:
+    """Make the partitions that snapshots and rollups from `first` to `last` need; return how many were missing."""
+    made: int = await database.fetch_value(
+        "SELECT make_history_partitions($1, $2)", first, last, timeout=TAKE_TIMEOUT_SECONDS
+    )
+    return made

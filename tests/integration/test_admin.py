@@ -266,10 +266,18 @@ async def test_deleted_user_leaves_nothing(admin: Admin, database: Database, dat
     await database.fetch(
         """
         INSERT INTO position_snapshots
-            (portfolio_snapshot_id, timestamp, ticker, shares, cost_basis, current_value, price_per_share)
-        SELECT id, timestamp, 'AAPL', 1, 10, 1, 1 FROM portfolio_snapshots
+            (timestamp, user_id, ticker, shares, cost_basis, current_value, price_per_share)
+        SELECT timestamp, user_id, 'AAPL', 1, 10, 1, 1 FROM portfolio_snapshots
         """
     )
+    for tier in ("30m", "1h", "3h", "1d"):
+        await database.fetch(
+            f"""
+            INSERT INTO portfolio_rollups_{tier}
+                (bucket, timestamp, user_id, total_value, cash_balance, investment_value)
+            SELECT timestamp, timestamp, user_id, 1, 1, 0 FROM portfolio_snapshots
+            """  # noqa: S608
+        )
     unconfirmed = await admin(database_url, "delete-user", "carol")
     assert unconfirmed.code == 1
     assert "say --yes" in unconfirmed.errors
@@ -280,6 +288,10 @@ async def test_deleted_user_leaves_nothing(admin: Admin, database: Database, dat
         "positions": 1,
         "portfolio_snapshots": 3,
         "position_snapshots": 3,
+        "portfolio_rollups_30m": 3,
+        "portfolio_rollups_1h": 3,
+        "portfolio_rollups_3h": 3,
+        "portfolio_rollups_1d": 3,
     }.items():
         assert await database.fetch_value(f"SELECT count(*) FROM {table}") == left, table  # noqa: S608
 

