@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import SplitResult, urlsplit
+from zoneinfo import ZoneInfo
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
@@ -55,9 +56,18 @@ def _long_enough(secret: SecretStr) -> SecretStr:
     return secret
 
 
+def _known_timezone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError("an IANA time zone, such as America/New_York") from error
+    return name
+
+
 DatabaseUrl = Annotated[SecretStr, AfterValidator(_plain_postgres_url), AfterValidator(_checked_database)]
 NatsUrl = Annotated[SecretStr, AfterValidator(_checked_servers)]
 JwtSecret = Annotated[SecretStr, AfterValidator(_long_enough)]
+Timezone = Annotated[str, AfterValidator(_known_timezone)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 

@@ -104,6 +104,16 @@ STATEMENTS = (
         ('3h', 'portfolio_rollups_3h', 'month', 'autovacuum_vacuum_insert_scale_factor = 0.02'),
         ('1d', 'portfolio_rollups_1d', NULL, NULL)
     """,
+    # Retention waits until the clock has been steady for a while: see services/snapshotter/history.py.
+    """
+    CREATE TABLE history_clock (
+        id SMALLINT NOT NULL DEFAULT 1,
+        seen_at TIMESTAMPTZ NOT NULL,
+        steady_since TIMESTAMPTZ NOT NULL,
+        CONSTRAINT history_clock_pkey PRIMARY KEY (id),
+        CONSTRAINT history_clock_id_check CHECK (id = 1)
+    )
+    """,
     # A table is made by itself and then attached, which stops neither readers nor writers of its parent.
     """
     CREATE FUNCTION make_history_partitions(first TIMESTAMPTZ, last TIMESTAMPTZ, tiers TEXT[] DEFAULT NULL)

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from services.snapshotter import queries, snapshots, timer
+from services.snapshotter import queries, snapshots, timer, upkeep
 from services.snapshotter.settings import Settings
 from shared import database as databases
 from shared import health, lifecycle, logs
@@ -16,7 +16,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         databases.connect(
             settings.database_url.get_secret_value(),
             application_name="snapshotter",
-            connections_max=4,
+            connections_max=snapshots.AT_ONCE_MAX + 2,
             statement_timeout_seconds=150.0,
             server_settings=queries.SERVER_SETTINGS,
         ) as database,
@@ -35,6 +35,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(timer.run(bus, settings.interval, settings.snapshot_shards, stop))
             tasks.create_task(snapshots.run(database, bus, settings.interval, stop))
+            tasks.create_task(upkeep.run(database, settings.upkeep, stop))
 
 
 if __name__ == "__main__":

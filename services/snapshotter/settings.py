@@ -3,12 +3,14 @@
 from datetime import timedelta
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from shared.settings import Port, ServiceSettings
+from services.snapshotter.upkeep import Upkeep
+from shared.settings import Port, ServiceSettings, Timezone
 
 MINUTES_MIN = 0.01
 MINUTES_MAX = 24 * 60
+DAYS_MAX = 36_500
 
 
 class Settings(ServiceSettings):
@@ -23,6 +25,45 @@ class Settings(ServiceSettings):
         default=1, description="Into how many units of work a slot is divided among the replicas."
     )
 
+    market_timezone: Timezone = Field(
+        default="America/New_York", description="Time zone of the market dates that daily charts are made of."
+    )
+    snapshot_retention_days: Annotated[int, Field(ge=8, le=DAYS_MAX)] = Field(
+        default=100, description="Days that every snapshot is kept; half-hourly rollups as well."
+    )
+    position_retention_days: Annotated[int, Field(ge=1, le=DAYS_MAX)] = Field(
+        default=35,
+        description="Days that the positions of a snapshot are kept, at most as long as snapshots.",
+    )
+    rollup_retention_days: Annotated[int, Field(ge=92, le=DAYS_MAX)] = Field(
+        default=400,
+        description="Days that hourly and three-hourly rollups are kept; daily ones stay for ever.",
+    )
+
+    @field_validator("position_retention_days")
+    @classmethod
+    def _positions_belong_to_snapshots(cls, days: int, info: ValidationInfo) -> int:
+        if days > info.data.get("snapshot_retention_days", DAYS_MAX):
+            raise ValueError("at most SNAPSHOT_RETENTION_DAYS: positions belong to their snapshot")
+        return days
+
+    @field_validator("rollup_retention_days")
+    @classmethod
+    def _rollups_outlive_snapshots(cls, days: int, info: ValidationInfo) -> int:
+        if days < info.data.get("snapshot_retention_days", 0):
+            raise ValueError("at least SNAPSHOT_RETENTION_DAYS: rollups are what is left of snapshots")
+        return days
+
     @property
     def interval(self) -> timedelta:
         return timedelta(minutes=self.snapshot_interval_minutes)
+
+    @property
+    def upkeep(self) -> Upkeep:
+        return Upkeep(
+            interval=self.interval,
+            market_timezone=self.market_timezone,
+            snapshots_for=timedelta(days=self.snapshot_retention_days),
+            positions_for=timedelta(days=self.position_retention_days),
+            rollups_for=timedelta(days=self.rollup_retention_days),
+        )

@@ -1,4 +1,7 @@
-"""Take the snapshots that are due: store, commit, publish, acknowledge, in that order."""
+"""Take the snapshots that are due: store, commit, publish, acknowledge, in that order.
+
+A shard is the unit of work: the stream gives each to one replica, and gives it to another should that one die.
+"""
 
 import asyncio
 import time
@@ -16,6 +19,8 @@ from shared.database import Database, DatabaseUnavailable, SchemaMissing
 from shared.messages import SNAPSHOTS_TAKEN, TIMER, SnapshotDue, SnapshotsTaken
 
 CONSUMER = "snapshotter"
+AT_ONCE_MAX = 2
+"""Shards that one replica works on at a time, so that a slow one does not hold up the others."""
 ACK_WAIT_SECONDS = 15.0
 KEEP_ALIVE_SECONDS = 5.0
 RETRY_SECONDS = 2.0
@@ -31,13 +36,20 @@ shard_seconds = Histogram(
     "Time to value and store a shard",
     buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
 )
+shards_overran = Counter("snapshot_shards_overran", "Shards stored only after the next slot was due")
 last_slot = Gauge("snapshot_last_slot_timestamp_seconds", "The latest slot that was stored")
 
 log = logs.get_logger()
 
 
 async def run(database: Database, bus: Bus, interval: timedelta, stop: asyncio.Event) -> None:
-    """Handle due shards as the stream delivers them, one at a time, until `stop` is set."""
+    """Handle due shards as the stream delivers them, a few at a time, until `stop` is set."""
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(AT_ONCE_MAX):
+            tasks.create_task(_handle_each(database, bus, interval, stop))
+
+
+async def _handle_each(database: Database, bus: Bus, interval: timedelta, stop: asyncio.Event) -> None:
     async for delivery in bus.consume(TIMER, durable=CONSUMER, ack_wait_seconds=ACK_WAIT_SECONDS, stop=stop):
         await lifecycle.finish(
             handle(database, bus, delivery, interval), stop, stop_seconds_max=STOP_SECONDS_MAX
@@ -71,6 +83,16 @@ async def handle(database: Database, bus: Bus, delivery: Delivery, interval: tim
         return
     shards_handled.labels("taken" if taken.added else "duplicate").inc()
     await delivery.acknowledge()
+    late = clock.utc_now() - due.scheduled_at
+    if late > interval:
+        shards_overran.inc()
+        log.warning(
+            "slot_overran",
+            **_slot(due),
+            seconds=round(late.total_seconds(), 1),
+            interval_seconds=interval.total_seconds(),
+            advice="more SNAPSHOT_SHARDS and replicas, or a longer SNAPSHOT_INTERVAL_MINUTES",
+        )
 
 
 async def take(
@@ -84,6 +106,7 @@ async def take(
         due.scheduled_at,
         due.shard,
         due.shards,
+        again=deliveries > 1,
         timeout=min(max(remaining, TAKE_SECONDS_MIN), TAKE_SECONDS_MAX),
     )
     seconds = time.monotonic() - began

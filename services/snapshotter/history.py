@@ -1,0 +1,287 @@
+"""The history's SQL: room for what comes, rollups of what is old, and the end of what is expired.
+
+Every step is one short transaction that records its own progress: a kill at any point loses nothing but the step
+under way, and two replicas at once do each step once.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from shared.database import Connection, Database
+
+ROLL_UP_USERS = 1_000
+"""Users of one step, so that no transaction is long: about half a second."""
+STEP_TIMEOUT_SECONDS = 30.0
+LOCK_TIMEOUT = "5s"
+DROP_LOCK_TIMEOUT = "40ms"
+"""A drop needs two locks, and readers queue behind it while it waits for them: together less than 100 ms."""
+CLOCK_STEP_BACK_MAX, CLOCK_STEP_AHEAD_MAX = timedelta(hours=1), timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Rollup:
+    """A coarser copy of old snapshots: for each bucket the last snapshot inside it, as it is."""
+
+    tier: str
+    source: str
+    """The tier that it is made from; what is last in a bucket of the source is last in the bucket of both."""
+    width: timedelta | None
+    """None: a bucket is a market date."""
+
+    @property
+    def table(self) -> str:
+        return f"portfolio_rollups_{self.tier}"
+
+
+ROLLUPS = (
+    Rollup("30m", "raw", timedelta(minutes=30)),
+    Rollup("1h", "30m", timedelta(hours=1)),
+    Rollup("3h", "1h", timedelta(hours=3)),
+    Rollup("1d", "raw", None),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a rollup: rows written for some of the users of one day."""
+
+    rows: int
+    complete_until: datetime | None
+    """Set when the day is done for all users."""
+
+
+# A unit of work is a day, of UTC or of the market, for it holds whole buckets of every width.
+_UNIT = """
+WITH progress AS (
+    SELECT
+        users_done,
+        COALESCE(NULLIF(complete_until, '-infinity'), (
+            SELECT min(first.timestamp)
+            FROM users
+            CROSS JOIN LATERAL (
+                SELECT timestamp FROM portfolio_snapshots WHERE user_id = users.id ORDER BY timestamp LIMIT 1
+            ) AS first
+        )) AT TIME ZONE $2 AS local
+    FROM history_tiers
+    WHERE tier = $1
+    FOR UPDATE SKIP LOCKED
+)
+SELECT
+    users_done,
+    local::date::timestamp AT TIME ZONE $2 AS starts_at,
+    (local::date + 1)::timestamp AT TIME ZONE $2 AS ends_at,
+    (SELECT NULLIF(complete_until, '-infinity') FROM history_tiers WHERE tier = $3) AS source_until
+FROM progress
+WHERE local IS NOT NULL
+"""
+
+# For each user and bucket one probe of the source's key. The users are held, so that none is deleted meanwhile.
+_ROLL_UP = """
+WITH chunk AS MATERIALIZED (
+    SELECT id FROM users WHERE id > $1 ORDER BY id LIMIT $2 FOR KEY SHARE
+),
+rolled AS (
+    INSERT INTO {table} (
+        bucket, timestamp, user_id, unpriced_positions, simulated,
+        total_value, cash_balance, investment_value
+    )
+    SELECT
+        bucket.starts_at, last.timestamp, chunk.id, last.unpriced_positions, last.simulated,
+        last.total_value, last.cash_balance, last.investment_value
+    FROM chunk
+    CROSS JOIN ({buckets}) AS bucket
+    CROSS JOIN LATERAL (
+        SELECT *
+        FROM {source}
+        WHERE user_id = chunk.id AND {time} >= bucket.starts_at AND {time} < bucket.ends_at
+        ORDER BY {time} DESC
+        LIMIT 1
+    ) AS last
+    ORDER BY chunk.id, bucket.starts_at
+    ON CONFLICT (user_id, bucket) DO UPDATE
+    SET timestamp = EXCLUDED.timestamp,
+        unpriced_positions = EXCLUDED.unpriced_positions,
+        simulated = EXCLUDED.simulated,
+        total_value = EXCLUDED.total_value,
+        cash_balance = EXCLUDED.cash_balance,
+        investment_value = EXCLUDED.investment_value
+    WHERE {table}.timestamp < EXCLUDED.timestamp
+    RETURNING 1
+)
+SELECT count(*) AS users, max(id) AS last_user, (SELECT count(*) FROM rolled) AS rows
+FROM chunk
+"""
+_FIXED_BUCKETS = """
+    SELECT starts_at, starts_at + $5::interval AS ends_at
+    FROM generate_series($3::timestamptz, $4::timestamptz - $5::interval, $5::interval) AS starts_at
+"""
+_MARKET_DATE = "SELECT $3::timestamptz AS starts_at, $4::timestamptz AS ends_at"
+
+
+async def roll_up(
+    database: Database, rollup: Rollup, due_until: datetime, market_timezone: str
+) -> Step | None:
+    """Roll up the next users of the next day that ends until `due_until`; None when there is nothing to do."""
+    async with database.transaction() as connection:
+        await _bound(connection, LOCK_TIMEOUT)
+        unit = await connection.fetchrow(
+            _UNIT,
+            rollup.tier,
+            market_timezone if rollup.width is None else "UTC",
+            rollup.source,
+            timeout=STEP_TIMEOUT_SECONDS,
+        )
+        if unit is None:  # no snapshots yet, or another replica is at it
+            return None
+        source_lags = rollup.source != "raw" and (
+            unit["source_until"] is None or unit["source_until"] < unit["ends_at"]
+        )
+        if unit["ends_at"] > due_until or source_lags:
+            return None
+        await connection.execute(
+            "SELECT make_history_partitions($1, $2, $3)",
+            *(unit["starts_at"], unit["ends_at"], [rollup.tier]),
+            timeout=STEP_TIMEOUT_SECONDS,
+        )
+        rolled = await connection.fetchrow(
+            _roll_up_statement(rollup),
+            unit["users_done"],
+            ROLL_UP_USERS,
+            unit["starts_at"],
+            unit["ends_at"],
+            *([rollup.width] if rollup.width else []),
+            timeout=STEP_TIMEOUT_SECONDS,
+        )
+        assert rolled is not None
+        done = rolled["users"] < ROLL_UP_USERS
+        await connection.execute(
+            "UPDATE history_tiers SET complete_until = $2, users_done = $3 WHERE tier = $1",
+            rollup.tier,
+            unit["ends_at"] if done else unit["starts_at"],
+            0 if done else rolled["last_user"],
+        )
+        return Step(rolled["rows"], unit["ends_at"] if done else None)
+
+
+def _roll_up_statement(rollup: Rollup) -> str:
+    from_raw = rollup.source == "raw"
+    return _ROLL_UP.format(
+        table=rollup.table,
+        source="portfolio_snapshots" if from_raw else f"portfolio_rollups_{rollup.source}",
+        time="timestamp" if from_raw else "bucket",
+        buckets=_FIXED_BUCKETS if rollup.width else _MARKET_DATE,
+    )
+
+
+async def complete_until(database: Database) -> dict[str, datetime | None]:
+    """Return for each rollup until when it is complete; None before its first day."""
+    rows = await database.fetch(
+        """
+        SELECT tier, NULLIF(complete_until, '-infinity') AS complete_until
+        FROM history_tiers
+        WHERE tier NOT IN ('raw', 'details')
+        """
+    )
+    return {row["tier"]: row["complete_until"] for row in rows}
+
+
+async def steady_since(database: Database, now: datetime) -> datetime:
+    """Record that it is `now`; return since when the clock has not leapt.
+
+    A clock that is years ahead makes everything look expired. It leapt when it went back by more than an hour, or
+    ahead by more than a week, which a system that was off for so long cannot tell from a leap.
+    """
+    since: datetime = await database.fetch_value(
+        """
+        INSERT INTO history_clock (seen_at, steady_since)
+        VALUES ($1, $1)
+        ON CONFLICT (id) DO UPDATE
+        SET seen_at = $1,
+            steady_since = CASE
+                WHEN $1 BETWEEN history_clock.seen_at - $2::interval AND history_clock.seen_at + $3::interval
+                THEN history_clock.steady_since
+                ELSE $1
+            END
+        RETURNING steady_since
+        """,
+        now,
+        CLOCK_STEP_BACK_MAX,
+        CLOCK_STEP_AHEAD_MAX,
+    )
+    return since
+
+
+async def database_clock(database: Database) -> datetime:
+    at: datetime = await database.fetch_value("SELECT clock_timestamp()")
+    return at
+
+
+async def expired_partitions(database: Database, tier: str, keep_from: datetime) -> list[str]:
+    """Return the partitions, oldest first, that end until `keep_from` and whose snapshots every rollup has."""
+    rows = await database.fetch(
+        """
+        SELECT part.relname AS name
+        FROM history_tiers AS tiers
+        JOIN pg_class AS parent ON parent.oid = to_regclass(tiers.table_name)
+        JOIN pg_inherits ON inhparent = parent.oid
+        JOIN pg_class AS part ON part.oid = inhrelid
+        CROSS JOIN LATERAL (
+            SELECT (to_timestamp(right(part.relname, 8), 'YYYYMMDD') AT TIME ZONE 'UTC'
+                + ('1 ' || partition_unit)::interval) AT TIME ZONE 'UTC' AS ends_at
+        ) AS bound
+        WHERE tier = $1
+            AND ends_at <= $2
+            AND (
+                tier = 'details'
+                OR ends_at <= (
+                    SELECT min(complete_until) FROM history_tiers WHERE tier NOT IN ('raw', 'details', $1)
+                )
+            )
+        ORDER BY part.relname
+        """,
+        tier,
+        keep_from,
+    )
+    return [row["name"] for row in rows]
+
+
+async def drop_partition(database: Database, tier: str, name: str) -> None:
+    """Drop one partition; raises DatabaseUnavailable when readers are in the way for longer than they may wait."""
+    async with database.transaction() as connection:
+        await _bound(connection, DROP_LOCK_TIMEOUT)
+        await connection.execute(f'DROP TABLE IF EXISTS "{name}"', timeout=STEP_TIMEOUT_SECONDS)
+        await connection.execute(
+            """
+            UPDATE history_tiers
+            SET kept_from = GREATEST(
+                kept_from,
+                (to_timestamp(right($2, 8), 'YYYYMMDD') AT TIME ZONE 'UTC'
+                    + ('1 ' || partition_unit)::interval) AT TIME ZONE 'UTC'
+            )
+            WHERE tier = $1
+            """,
+            tier,
+            name,
+        )
+
+
+async def index_details(database: Database, since: datetime) -> None:
+    """Bring the block ranges that have been filled into the indexes of positions, of the days from `since` on.
+
+    Vacuum would do it, but nothing else needs a vacuum of these tables.
+    """
+    await database.fetch(
+        """
+        SELECT brin_summarize_new_values(inhrelid)
+        FROM pg_inherits
+        JOIN pg_class ON pg_class.oid = inhrelid
+        WHERE inhparent = 'position_snapshots_timestamp_user_id_idx'::regclass
+            AND substring(relname FROM '_(\\d{8})_') >= to_char($1::timestamptz, 'YYYYMMDD')
+        """,
+        since,
+        timeout=STEP_TIMEOUT_SECONDS,
+    )
+
+
+async def _bound(connection: Connection, lock_timeout: str) -> None:
+    await connection.execute("SELECT set_config('lock_timeout', $1, TRUE)", lock_timeout)

@@ -1,0 +1,165 @@
+"""Upkeep of the history: partitions made ahead of need, rollups of what is due, the end of what is expired."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from prometheus_client import Counter, Gauge
+
+from services.snapshotter import history, queries
+from services.snapshotter.history import ROLLUPS
+from shared import clock, lifecycle, logs
+from shared.database import Database, DatabaseUnavailable, SchemaMissing
+
+INTERVAL = timedelta(minutes=5)
+AHEAD = timedelta(days=7)
+"""How far ahead there is room; should a slot be beyond it all the same, taking it makes the room."""
+SETTLED_AFTER = timedelta(minutes=10)
+"""A slot may be stored until one interval has passed, plus this, which is more than a statement may take."""
+STEADY_FOR = timedelta(days=1)
+"""How long the clock must have been steady before anything is dropped."""
+CLOCKS_APART_MAX = timedelta(minutes=1)
+DROP_ATTEMPTS_MAX, DROP_RETRY_SECONDS = 20, 0.5
+STOP_SECONDS_MAX = 3.0
+
+rows_rolled_up = Counter("history_rolled_up_rows", "Rows written to rollups, by tier", ["tier"])
+rollup_lag = Gauge(
+    "history_rollup_lag_seconds",
+    "How far a rollup is behind what is due, by tier; 0 when nothing is",
+    ["tier"],
+)
+partitions_made = Counter("history_partitions_made", "Partitions made")
+partitions_dropped = Counter("history_partitions_dropped", "Expired partitions dropped, by tier", ["tier"])
+partitions_expired = Gauge("history_partitions_expired", "Expired partitions still there, by tier", ["tier"])
+
+log = logs.get_logger()
+
+
+@dataclass(frozen=True)
+class Upkeep:
+    """What is to be kept, and how time is divided."""
+
+    interval: timedelta
+    """Between two slots."""
+    market_timezone: str
+    snapshots_for: timedelta
+    positions_for: timedelta
+    rollups_for: timedelta
+
+    @property
+    def kept_for(self) -> dict[str, timedelta]:
+        """How long each tier is kept; what is not named stays for ever. Positions go before their snapshots."""
+        return {
+            "details": self.positions_for,
+            "raw": self.snapshots_for,
+            "30m": self.snapshots_for,
+            "1h": self.rollups_for,
+            "3h": self.rollups_for,
+        }
+
+
+@dataclass(frozen=True)
+class Done:
+    """What one round did."""
+
+    made: int = 0
+    rolled_up: int = 0
+    dropped: int = 0
+    held: bool = False
+    """Something is expired, and was not dropped because the clock has not been steady for long enough."""
+
+
+async def run(database: Database, upkeep: Upkeep, stop: asyncio.Event) -> None:
+    """Keep the history in order, beginning now and then every five minutes, until `stop` is set."""
+    async for _ in clock.aligned_ticks(INTERVAL, stop):
+        await lifecycle.finish(_round(database, upkeep, stop), stop, stop_seconds_max=STOP_SECONDS_MAX)
+
+
+async def _round(database: Database, upkeep: Upkeep, stop: asyncio.Event) -> None:
+    began = time.monotonic()
+    try:
+        now = clock.utc_now()
+        apart = abs(now - await history.database_clock(database))
+        if apart > CLOCKS_APART_MAX:
+            log.warning("history_postponed", reason=f"the database's clock is {apart} apart from ours")
+            return
+        done = await keep(database, upkeep, now, stop)
+    except (DatabaseUnavailable, SchemaMissing) as error:
+        log.warning("history_postponed", reason=str(error))
+        return
+    if done.held:
+        log.warning(
+            "retention_held", reason="the clock leapt, or the system was off for long", until=STEADY_FOR
+        )
+    if done != Done():
+        log.info(
+            "history_kept",
+            partitions_made=done.made,
+            rows_rolled_up=done.rolled_up,
+            partitions_dropped=done.dropped,
+            duration_ms=round((time.monotonic() - began) * 1000),
+        )
+
+
+async def keep(database: Database, upkeep: Upkeep, now: datetime, stop: asyncio.Event) -> Done:
+    """Do all that is due at `now`, in steps, ending early between two of them once `stop` is set.
+
+    Raises DatabaseUnavailable or SchemaMissing; the steps before it stay done.
+    """
+    made = await queries.make_partitions(database, now, now + AHEAD)
+    partitions_made.inc(made)
+    await history.index_details(database, now - timedelta(days=1))
+    rolled_up = await _roll_up(database, upkeep, now, stop)
+    dropped, held = await _drop_expired(database, upkeep, now, stop)
+    return Done(made, rolled_up, dropped, held)
+
+
+async def _roll_up(database: Database, upkeep: Upkeep, now: datetime, stop: asyncio.Event) -> int:
+    due_until = now - upkeep.interval - SETTLED_AFTER
+    rows = 0
+    for rollup in ROLLUPS:
+        while not stop.is_set():
+            step = await history.roll_up(database, rollup, due_until, upkeep.market_timezone)
+            if step is None:
+                break
+            rows += step.rows
+            rows_rolled_up.labels(rollup.tier).inc(step.rows)
+    for tier, complete_until in (await history.complete_until(database)).items():
+        # A day is due when it has ended: until then it is not behind.
+        behind = due_until - complete_until - timedelta(days=1) if complete_until else timedelta(0)
+        rollup_lag.labels(tier).set(max(behind.total_seconds(), 0))
+    return rows
+
+
+async def _drop_expired(
+    database: Database, upkeep: Upkeep, now: datetime, stop: asyncio.Event
+) -> tuple[int, bool]:
+    is_steady = now - await history.steady_since(database, now) >= STEADY_FOR
+    dropped, held = 0, False
+    for tier, kept_for in upkeep.kept_for.items():
+        expired = await history.expired_partitions(database, tier, now - kept_for)
+        held |= bool(expired) and not is_steady
+        while expired and is_steady and not stop.is_set() and await _drop(database, tier, expired[0], stop):
+            del expired[0]
+            dropped += 1
+            partitions_dropped.labels(tier).inc()
+        partitions_expired.labels(tier).set(len(expired))
+    return dropped, held
+
+
+async def _drop(database: Database, tier: str, name: str, stop: asyncio.Event) -> bool:
+    """Drop the partition in a moment without readers; tell whether there was one."""
+    reason = ""
+    for _ in range(DROP_ATTEMPTS_MAX):
+        try:
+            await history.drop_partition(database, tier, name)
+        except DatabaseUnavailable as error:
+            reason = str(error)
+        else:
+            log.info("partition_dropped", tier=tier, name=name)
+            return True
+        if await clock.wait_for_stop(stop, DROP_RETRY_SECONDS):
+            break
+    log.warning("partition_not_dropped", tier=tier, name=name, reason=reason)
+    return False
