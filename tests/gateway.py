@@ -1,10 +1,11 @@
 """A gateway for tests: the real application on a free port, and tokens for it."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
@@ -12,10 +13,12 @@ import aiohttp
 import jwt
 from pydantic import SecretStr
 
-from services.api_gateway import app, auth, queries
+from services.api_gateway import app, auth, charts, queries
 from services.api_gateway.responses import ProblemDetails
 from services.api_gateway.settings import Settings
 from shared import database as databases
+from shared.bus import Bus
+from tests.waiting import eventually
 
 SECRET = "a secret of more than thirty-two bytes"
 
@@ -53,6 +56,7 @@ class Answer:
 class Gateway:
     port: int
     session: aiohttp.ClientSession
+    news: charts.News = field(default_factory=charts.News)
 
     async def ask(self, method: str, path: str, **options: Any) -> Answer:
         url = f"http://127.0.0.1:{self.port}{path}"
@@ -64,15 +68,37 @@ class Gateway:
 
 
 @asynccontextmanager
-async def running(database_url: str, **settings: Any) -> AsyncIterator[Gateway]:
-    """Run a gateway; `settings` go on top of the defaults and a shared secret."""
+async def listening(bus: Bus, news: charts.News) -> AsyncIterator[None]:
+    """Let the news be heard while the block runs; from its first line on."""
+    stop = asyncio.Event()
+    hearing = asyncio.create_task(bus.listen(charts.SUBJECTS, news, stop))
+
+    async def is_heard() -> bool:
+        return news.are_complete
+
+    try:
+        await eventually(is_heard)
+        yield
+    finally:
+        stop.set()
+        await hearing
+
+
+@asynccontextmanager
+async def running(database_url: str, *, bus: Bus | None = None, **settings: Any) -> AsyncIterator[Gateway]:
+    """Run a gateway; `settings` go on top of the defaults and a shared secret.
+
+    Without a bus it keeps no chart, so that a test may write to the database and ask at once.
+    """
+    keeping = {} if bus else {"gateway_chart_cache_megabytes": 0}
     trust = {} if "jwt_jwks_url" in settings else {"jwt_secret": SecretStr(SECRET)}
     loaded = Settings(
         database_url=SecretStr(database_url),
         gateway_host="127.0.0.1",
         gateway_port=0,
-        **{**trust, **settings},
+        **{**trust, **keeping, **settings},
     )
+    news = charts.News()
     async with (
         databases.connect(
             database_url,
@@ -83,7 +109,8 @@ async def running(database_url: str, **settings: Any) -> AsyncIterator[Gateway]:
             reads_only=True,
         ) as database,
         auth.verifier(loaded) as verifier,
-        app.serving(loaded, database, verifier, {"postgres": database.check}) as port,
+        app.serving(loaded, database, verifier, {"postgres": database.check}, news) as port,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session,
+        listening(bus, news) if bus else nullcontext(),
     ):
-        yield Gateway(port, session)
+        yield Gateway(port, session, news)

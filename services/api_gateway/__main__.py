@@ -2,7 +2,7 @@
 
 import asyncio
 
-from services.api_gateway import app, auth, queries
+from services.api_gateway import app, auth, charts, queries
 from services.api_gateway.settings import Settings
 from shared import database as databases
 from shared import health, lifecycle
@@ -29,11 +29,12 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         }
         if settings.jwt_jwks_url is not None:
             checks["token_keys"] = verifier.check
+        news = charts.News()
         async with (
             health.serving("api_gateway", settings.health_host, settings.health_port, checks),
-            app.serving(settings, database, verifier, checks),
+            app.serving(settings, database, verifier, checks, news),
         ):
-            await stop.wait()
+            await bus.listen(charts.SUBJECTS, news, stop)
 
 
 if __name__ == "__main__":

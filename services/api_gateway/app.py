@@ -10,6 +10,7 @@ from prometheus_client import Gauge
 
 from services.api_gateway import connections, openapi, portfolio
 from services.api_gateway.auth import Verifier
+from services.api_gateway.charts import Charts, News
 from services.api_gateway.edge import Edge
 from services.api_gateway.settings import Settings
 from shared import health
@@ -19,13 +20,21 @@ connections_open = Gauge("gateway_database_connections", "Connections to Postgre
 
 
 def application(
-    settings: Settings, database: Database, verifier: Verifier, checks: Mapping[str, health.Check]
+    settings: Settings, database: Database, verifier: Verifier, checks: Mapping[str, health.Check], news: News
 ) -> web.Application:
     """Return the application with its routes and resources."""
+    charts = Charts(
+        database,
+        ZoneInfo(settings.market_timezone),
+        news,
+        bytes_max=settings.gateway_chart_cache_megabytes * 1024 * 1024,
+        reading_seconds_max=settings.request_timeout_seconds,
+    )
     app = web.Application()
     app[portfolio.DATABASE] = database
     app[portfolio.VERIFIER] = verifier
-    app[portfolio.MARKET_TIMEZONE] = ZoneInfo(settings.market_timezone)
+    app[portfolio.CHARTS] = charts
+    app.on_cleanup.append(lambda _: charts.close())
     app.add_routes(
         [
             web.get("/api/portfolio/current", portfolio.current),
@@ -39,14 +48,14 @@ def application(
 
 @asynccontextmanager
 async def serving(
-    settings: Settings, database: Database, verifier: Verifier, checks: Mapping[str, health.Check]
+    settings: Settings, database: Database, verifier: Verifier, checks: Mapping[str, health.Check], news: News
 ) -> AsyncIterator[int]:
     """Serve the API while the block runs, and yield its port."""
     connections_open.labels("in_use").set_function(
         lambda: database.connections_open - database.connections_idle
     )
     connections_open.labels("idle").set_function(lambda: database.connections_idle)
-    app = application(settings, database, verifier, checks)
+    app = application(settings, database, verifier, checks, news)
     edge_around = partial(
         Edge,
         routes=frozenset(resource.canonical for resource in app.router.resources()),

@@ -94,11 +94,23 @@ def answer(
     simulated: bool,
     until: datetime | None = None,
 ) -> str:
-    """Return the JSON text of the answer; `points` are JSON objects with commas between.
+    """Return the JSON text of the answer: what `answer_beginning` and `answer_end` return."""
+    beginning = answer_beginning(timeframe, points, until=until)
+    return beginning + answer_end(start_value, current_value, simulated=simulated)
 
-    `current_value` is the live one, and in a range that ended at `until` the last point's. Without a first point there
-    is nothing to compare with: the start, the profit and its percentage are null, because a zero would claim that
-    nothing was gained.
+
+def answer_beginning(timeframe: Timeframe, points: str, *, until: datetime | None = None) -> str:
+    """Return the JSON text of the answer as far as only a snapshot changes it; `points` have commas between."""
+    ended = "" if until is None else f',"until":"{until.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"'
+    return f'{{"timeframe":"{timeframe}"{ended},"data_points":[{points}]'
+
+
+def answer_end(start_value: Decimal | None, current_value: Decimal | None, *, simulated: bool) -> str:
+    """Return the rest of the JSON text, which follows the prices.
+
+    `current_value` is the live one, and in a range that is over the last point's. Without a first point there is
+    nothing to compare with: the start, the profit and its percentage are null, because a zero would claim that nothing
+    was gained.
     """
     if start_value is None or current_value is None:
         start = profit_loss = profit_loss_percent = "null"
@@ -107,10 +119,8 @@ def answer(
         start, profit_loss = f"{start_value:f}", f"{profit:f}"
         profit_loss_percent = f"{money.percent(profit, abs(start_value)) + 0:f}"  # + 0: no negative zero
     current = "null" if current_value is None else f"{current_value:f}"
-    ended = "" if until is None else f',"until":"{until.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"'
     return (
-        f'{{"timeframe":"{timeframe}"{ended},"data_points":[{points}],"start_value":{start}'
-        f',"current_value":{current},"profit_loss":{profit_loss}'
+        f',"start_value":{start},"current_value":{current},"profit_loss":{profit_loss}'
         f',"profit_loss_percent":{profit_loss_percent}'
         f',"data_available":{_json(start_value is not None)},"simulated":{_json(simulated)}}}'
     )

@@ -1,29 +1,41 @@
 """The two handlers: the portfolio's value now, and its chart."""
 
-from zoneinfo import ZoneInfo
+import re
+from datetime import UTC, datetime
 
 from aiohttp import web
 
-from services.api_gateway import performance, queries
+from services.api_gateway import negotiation, problems, queries
 from services.api_gateway.auth import Verifier
-from services.api_gateway.performance import MarketDays, Timeframe
-from services.api_gateway.problems import (
-    UNEXPECTED_PARAMETER,
-    UNKNOWN_TIMEFRAME,
-    USER_DEACTIVATED,
-    USER_UNKNOWN,
-    Problem,
-)
+from services.api_gateway.charts import Charts
+from services.api_gateway.performance import Timeframe
+from services.api_gateway.problems import INVALID_UNTIL, UNEXPECTED_PARAMETER, UNKNOWN_TIMEFRAME, Problem
 from shared.clock import utc_now
 from shared.database import Database
 from shared.freshness import PRICE_FRESH_FOR
 
 DATABASE = web.AppKey("DATABASE", Database)
 VERIFIER = web.AppKey("VERIFIER", Verifier)
-MARKET_TIMEZONE = web.AppKey("MARKET_TIMEZONE", ZoneInfo)
+CHARTS = web.AppKey("CHARTS", Charts)
 
-TIMEFRAME_PARAMETER = "timeframe"
-_HEADERS = {"Content-Type": "application/json", "Cache-Control": "private, no-cache"}
+TIMEFRAME_PARAMETER, UNTIL_PARAMETER = "timeframe", "until"
+UNTIL_MIN = datetime(1970, 1, 1, tzinfo=UTC)
+CURRENT_COMPRESSED_BYTES_MIN = 14_600
+"""A smaller `/current` (some 60 positions) fits into the first window of a TCP connection: the client would get it no
+sooner, and unlike a chart it is compressed for one request only."""
+
+_HEADERS = {
+    "Content-Type": "application/json",
+    "Cache-Control": "private, no-cache",
+    "Vary": "Accept-Encoding",
+}
+_PLAIN_QUERIES = {"": Timeframe.ONE_DAY} | {
+    f"{TIMEFRAME_PARAMETER}={timeframe}": timeframe for timeframe in Timeframe
+}
+"""What nearly every client asks, so that it need not be taken apart."""
+_INSTANT = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
 
 
 async def current(request: web.Request) -> web.Response:
@@ -33,31 +45,27 @@ async def current(request: web.Request) -> web.Response:
     now = utc_now()
     found = await queries.current_portfolio(request.app[DATABASE], subject, now, now - PRICE_FRESH_FOR)
     if found is None:
-        raise _user_unknown()
-    _refuse_deactivated(is_active=found.is_active)
-    return _json(found.answer)
+        raise problems.user_unknown()
+    if not found.is_active:
+        raise problems.user_deactivated()
+    body = found.answer.encode()
+    if negotiation.is_gzip_wanted(request.headers, len(body), CURRENT_COMPRESSED_BYTES_MIN):
+        return web.Response(body=negotiation.gzipped(body), headers=_HEADERS | {"Content-Encoding": "gzip"})
+    return web.Response(body=body, headers=_HEADERS)
 
 
 async def chart(request: web.Request) -> web.Response:
     """Answer `GET /api/portfolio/performance`."""
     subject = await _subject(request)
-    timeframe = _timeframe(_parameters(request, allowed=(TIMEFRAME_PARAMETER,)))
-    database, market_timezone = request.app[DATABASE], request.app[MARKET_TIMEZONE]
-    live = await queries.live_value(database, subject)
-    if live is None:
-        raise _user_unknown()
-    _refuse_deactivated(is_active=live.is_active)
-    match performance.buckets(timeframe, utc_now(), market_timezone):
-        case MarketDays(first, last):
-            series = await queries.daily_series(database, live.user_id, first, last, market_timezone.key)
-        case buckets:
-            series = await queries.series(database, live.user_id, buckets.first, buckets.last, buckets.width)
-    simulated = live.simulated or series.simulated
-    return _json(
-        performance.answer(
-            timeframe, series.points, series.first_value, live.total_value, simulated=simulated
-        )
-    )
+    charts, now = request.app[CHARTS], utc_now()
+    timeframe = _PLAIN_QUERIES.get(request.rel_url.raw_query_string)
+    if timeframe is not None:
+        asked = charts.asked(subject, timeframe, None)
+    else:
+        parameters = _parameters(request, allowed=(TIMEFRAME_PARAMETER, UNTIL_PARAMETER))
+        asked = charts.asked(subject, _timeframe(parameters), _until(parameters, now))
+    answer = charts.kept(asked, now) or await charts.answer(asked, now)
+    return answer.response(request.headers)
 
 
 async def _subject(request: web.Request) -> str:
@@ -90,14 +98,29 @@ def _timeframe(parameters: dict[str, str]) -> Timeframe:
         raise Problem(UNKNOWN_TIMEFRAME, detail, allowed=allowed) from None
 
 
-def _user_unknown() -> Problem:
-    return Problem(USER_UNKNOWN, "The token is valid, but there is no user with its sub.")
+def _until(parameters: dict[str, str], now: datetime) -> datetime | None:
+    """Return the end of a range that is over; None when there is none."""
+    given = parameters.get(UNTIL_PARAMETER)
+    if given is None:
+        return None
+    if not _INSTANT.fullmatch(given):
+        raise _invalid_until("is not an RFC 3339 instant with an offset (a + in a URL is %2B)")
+    try:
+        until = datetime.fromisoformat(given.upper()).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise _invalid_until("does not exist") from None
+    if until > now:
+        raise _invalid_until("is in the future")
+    if until < UNTIL_MIN:
+        raise _invalid_until("is too long ago")
+    return until
 
 
-def _refuse_deactivated(*, is_active: bool) -> None:
-    if not is_active:
-        raise Problem(USER_DEACTIVATED, "The user exists, but has been deactivated.")
-
-
-def _json(text: str) -> web.Response:
-    return web.Response(body=text.encode(), headers=_HEADERS)
+def _invalid_until(reason: str) -> Problem:
+    return Problem(
+        INVALID_UNTIL,
+        f"until {reason}.",
+        allowed=[
+            f"an RFC 3339 instant from {UNTIL_MIN:%Y-%m-%dT%H:%M:%SZ} until now, like 2026-03-02T14:30:00Z"
+        ],
+    )

@@ -24,6 +24,7 @@ class Kind(NamedTuple):
 
 MALFORMED_REQUEST = Kind("malformed-request", 400, "The request is not valid HTTP")
 UNKNOWN_TIMEFRAME = Kind("unknown-timeframe", 400, "The timeframe is unknown")
+INVALID_UNTIL = Kind("invalid-until", 400, "The end of the range is not an instant of the past")
 UNEXPECTED_PARAMETER = Kind("unexpected-parameter", 400, "A query parameter is unknown or repeated")
 TOKEN_MISSING = Kind("token-missing", 401, "A bearer token is needed")
 TOKEN_MALFORMED = Kind("token-malformed", 401, "The bearer token is malformed")
@@ -67,6 +68,14 @@ class Problem(Exception):
         }
         headers = {"Content-Type": CONTENT_TYPE, **self.headers}
         return web.Response(body=orjson.dumps(body), status=self.kind.status, headers=headers)
+
+
+def user_unknown() -> Problem:
+    return Problem(USER_UNKNOWN, "The token is valid, but there is no user with its sub.")
+
+
+def user_deactivated() -> Problem:
+    return Problem(USER_DEACTIVATED, "The user exists, but has been deactivated.")
 
 
 def of_http_exception(error: web.HTTPException) -> Problem:

@@ -78,6 +78,10 @@ class Settings(ServiceSettings):
         default=10, ge=1, le=200, description="The most connections that one gateway opens to PostgreSQL."
     )
 
+    gateway_chart_cache_megabytes: int = Field(
+        default=64, ge=0, le=4096, description="Memory for finished charts; with 0 none is kept."
+    )
+
     @field_validator("jwt_jwks_url")
     @classmethod
     def _exactly_one_trust(cls, url: str | None, info: ValidationInfo) -> str | None:
