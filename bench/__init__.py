@@ -1,4 +1,6 @@
-"""The performance goals, measured: each figure beside a baseline and a limit of the same run, as ratios.
+"""The performance goals, measured in one run on the same data and the same durable PostgreSQL, as ratios of three ways.
 
-The machine may be shared and slow, which moves absolute times but hardly the ratios and the CPU time of a request.
+(a) `seed_like`, the seed's design as a good engineer would write it; (b) ours; (c) the limit: ready rows inserted, the
+bare statement, bare aiohttp. The machine may be shared and slow, which moves absolute times but hardly the ratios and
+the CPU time of a request. `docs/performance.md` says what each figure means.
 """

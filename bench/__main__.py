@@ -1,36 +1,118 @@
-"""`python -m bench`: measure, print one table."""
+"""`python -m bench`: measure, print one table, save it as JSON and as a plot."""
 
+import argparse
 import asyncio
+import json
 import sys
-import tempfile
+import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
-from bench import gateway, snapshots
-from bench.data import USERS, prepared
-from bench.figures import Figure, table
+from bench import charts, gateway, rollups, snapshots, storage
+from bench.figures import Figure, Measured, markdown, table
+from bench.plot import drawn
+from bench.progress import say
+from bench.server import Databases
+from bench.sizes import SIZES, Size
 from local.servers import nats_server, postgres
+from local.settings import ROOT
 from shared import logs
+from shared.clock import utc_now
+
+PARTS: dict[str, Callable[[Databases, Size, str], Awaitable[Measured]]] = {
+    "snapshots": lambda server, size, _: snapshots.measure(server, size),
+    "storage": lambda server, size, _: storage.measure(server, size),
+    "charts": lambda server, size, _: charts.measure(server, size),
+    "rollups": lambda server, size, _: rollups.measure(server, size),
+    "gateway": gateway.measure,
+}
 
 
-async def measure(database_url: str, nats_url: str) -> list[Figure]:
-    print(f"filling {USERS:,} users with 10 positions each …", flush=True)
-    await prepared(database_url)
-    print("snapshots …", flush=True)
-    figures = await snapshots.measure(database_url)
-    print("gateway …", flush=True)
-    return figures + await gateway.measure(database_url, nats_url)
+async def measure(server: Databases, size: Size, nats_url: str, parts: list[str]) -> dict[str, Measured]:
+    """Measure the parts one after the other."""
+    found = {}
+    for part in parts:
+        say(f"{part} …")
+        began = time.monotonic()
+        found[part] = await PARTS[part](server, size, nats_url)
+        say(table(found[part].figures))
+        say(f"{part}: {time.monotonic() - began:.0f} s\n")
+    return found
 
 
 def main() -> int:
+    arguments = _arguments()
+    size = SIZES[arguments.size]
+    parts = arguments.only or list(PARTS)
     logs.configure("bench", "ERROR")
+    folder = arguments.folder / size.name
+    began = time.monotonic()
     with (
-        tempfile.TemporaryDirectory(prefix="foliotick-bench-", ignore_cleanup_errors=True) as folder,
-        postgres(Path(folder) / "postgres") as database,
-        nats_server(Path(folder) / "nats") as nats,
+        postgres(folder / "postgres", settings=size.server_settings) as database,
+        nats_server(folder / "nats") as nats,
     ):
-        figures = asyncio.run(measure(database.url, nats.url))
-    print(table(figures))
-    return 0 if all(figure.reached for figure in figures) else 1
+        server = Databases(database.url)
+        found = asyncio.run(measure(server, size, nats.url, parts))
+        stored_gb = asyncio.run(server.size_bytes()) / 1e9
+    figures = [figure for part in found.values() for figure in part.figures]
+    say(table(figures))
+    say(
+        f"\nsize {size.name}, {time.monotonic() - began:.0f} s, {stored_gb:.1f} GB kept in {arguments.folder}"
+    )
+    _save(arguments.results, size, found)
+    if arguments.publish:
+        _publish(figures, arguments.results)
+    missed = [figure.what.strip() for figure in figures if figure.reached is False]
+    if missed and size.judged:
+        say("missed: " + "; ".join(missed))
+        return 1
+    return 0
 
 
-sys.exit(main())
+def _save(folder: Path, size: Size, found: dict[str, Measured]) -> None:
+    """Write `latest.json`, and `latest.png` when there is anything to draw."""
+    folder.mkdir(parents=True, exist_ok=True)
+    saved: dict[str, Any] = {
+        "measured_at": utc_now().isoformat(timespec="seconds"),
+        "size": size.name,
+        "parts": {
+            name: {"figures": [figure.as_json() for figure in part.figures], "series": part.series}
+            for name, part in found.items()
+        },
+    }
+    (folder / "latest.json").write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
+    if drawn({name: part.series for name, part in found.items()}, size, folder / "latest.png"):
+        say(f"saved {folder}/latest.json and latest.png")
+    else:
+        say(f"saved {folder}/latest.json")
+
+
+def _publish(figures: list[Figure], results: Path) -> None:
+    """Put the table and the plot into docs."""
+    page = ROOT / "docs" / "performance.md"
+    before, _, rest = page.read_text().partition("<!-- figures -->\n")
+    _, _, after = rest.partition("<!-- end of figures -->")
+    page.write_text(f"{before}<!-- figures -->\n{markdown(figures)}\n<!-- end of figures -->{after}")
+    (ROOT / "docs" / "performance.png").write_bytes((results / "latest.png").read_bytes())
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make bench ARGS=…", description=__doc__)
+    parser.add_argument("--only", action="append", choices=PARTS, help="measure this part; may be repeated")
+    parser.add_argument(
+        "--quick", dest="size", action="store_const", const="quick", help="a smaller size, goals not judged"
+    )
+    parser.add_argument("--size", choices=SIZES, default="full", help="how much data; full judges the goals")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / ".foliotick" / "bench", help="where the data is kept"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "bench" / "results", help="where figures and plot are saved"
+    )
+    parser.add_argument("--publish", action="store_true", help="put table and plot into docs/")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

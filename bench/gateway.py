@@ -1,107 +1,187 @@
-"""`/current` with 10 positions, authentication and metrics on, beside bare aiohttp: server CPU per request."""
+"""The API over HTTP: CPU that the server process spends on a request, the seed's stack, ours and bare aiohttp.
+
+Elapsed time says more about the machine's other tenants and about the client, which shares it, than about the server.
+"""
 
 import asyncio
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from statistics import median
+from itertools import cycle, islice
 
 import psutil
 
-from bench.figures import Figure
+from bench.data import POSITIONS, SLOT, recent_history, refresh_prices
+from bench.figures import Figure, Measured, middle
+from bench.progress import progress
+from bench.server import Databases
+from bench.sizes import Size
+from bench.snapshots import kept_portfolios
 from local.settings import ROOT, free_port, service_environment
 from services.admin.settings import TokenSettings
 from services.admin.tokens import minted_token
-from shared.clock import utc_now
+from shared.clock import last_boundary, utc_now
 
 CONNECTIONS = 64
-REQUESTS = 6_000
-RUNS = 3
-REQUESTS_PER_CPU_SECOND_MIN = 1_000
 START_SECONDS_MAX = 30.0
+CHART_POINTS = 288
+CHART_CPU_MS_MAX = 0.5
+MEMORY_MB_MAX = 120
+HISTORY = timedelta(hours=30)
+_SEED_SHARE = 8
+"""The seed's stack takes about so many times as long, and gets so many times fewer requests."""
 _SECRET = "the benchmark's own secret, long enough"  # noqa: S105
+_CURRENT = "/api/portfolio/current"
+_CHART = "/api/portfolio/performance?timeframe=1D"
 
 
-async def measure(database_url: str, nats_url: str) -> list[Figure]:
-    port, bare_port = free_port(), free_port()
-    token = minted_token(
-        TokenSettings.model_validate({"jwt_secret": _SECRET}),
-        "user7",
-        now=utc_now(),
-        lifetime=timedelta(hours=1),
-    )
-    environment = service_environment(
-        {
-            "DATABASE_URL": database_url,
-            "NATS_URL": nats_url,
-            "JWT_SECRET": _SECRET,
-            "GATEWAY_HOST": "127.0.0.1",
-            "GATEWAY_PORT": str(port),
-            "HEALTH_HOST": "127.0.0.1",
-            "HEALTH_PORT": str(free_port()),
-        }
-    )
+@dataclass(frozen=True)
+class _Server:
+    process: psutil.Process
+    port: int
+
+
+@dataclass(frozen=True)
+class _Load:
+    """Requests to send to a server."""
+
+    server: _Server
+    requests: list[bytes]
+    status: int = 200
+
+
+async def measure(server: Databases, size: Size, nats_url: str) -> Measured:
+    ours_name = await kept_portfolios(server, size.users, seed_like=False)
+    seed_name = await kept_portfolios(server, size.users, seed_like=True)
+    # Slots of the near future as well: a chart ends now, and the measuring takes a while.
+    last = last_boundary(utc_now(), SLOT) + timedelta(hours=1)
+    seed_users = min(size.users, 1_000)
+    async with server.copy(ours_name) as ours_url:
+        await refresh_prices(ours_url)
+        await recent_history(ours_url, size.users, last - HISTORY, last, seed_like=False)
+        async with server.copy(seed_name) as seed_url:
+            await refresh_prices(seed_url)
+            await recent_history(seed_url, seed_users, last - HISTORY, last, seed_like=True)
+            return await _measure(size, nats_url, ours_url, seed_url)
+
+
+async def _measure(size: Size, nats_url: str, ours_url: str, seed_url: str) -> Measured:
+    tokens = [_token(f"user{number}") for number in range(1, size.users + 1)]
+    some = tokens[: min(size.users, 1_000)]
     with (
-        _process(["services.api_gateway"], environment) as gateway,
-        _process(["bench.bare_server", str(bare_port), database_url], environment) as bare,
+        _running(["services.api_gateway"], _gateway_environment(ours_url, nats_url)) as ours,
+        _running(["bench.seed_like.app"], {"DATABASE_URL": seed_url, "JWT_SECRET": _SECRET}) as seed,
+        _running(["bench.bare_server"], {}, ours_url) as bare,
     ):
-        current = await _cpu_ms(gateway, port, "/api/portfolio/current", token)
-        query = await _cpu_ms(bare, bare_port, "/query")
-        constant = await _cpu_ms(bare, bare_port, "/constant")
-        memory_mb = gateway.memory_info().rss / 1_000_000
-    per_second = 1000 / current
-    return [
-        Figure(
-            "/current, 10 positions, per core",
-            f"{per_second:,.0f} requests/s ({current:.3f} ms CPU)",
-            f"> {REQUESTS_PER_CPU_SECOND_MIN:,}/s",
-            per_second > REQUESTS_PER_CPU_SECOND_MIN,
-        ),
-        Figure(
-            "  against bare aiohttp with one trivial query",
-            f"{query / current:.2f} of the limit ({query:.3f} ms)",
-            ">= 0.4",
-            query / current >= 0.4,
-        ),
-        Figure(
-            "  against bare aiohttp, constant answer",
-            f"{constant / current:.2f} ({constant:.3f} ms)",
-            "-",
-            True,
-        ),
-        Figure("memory of the gateway under load", f"{memory_mb:.0f} MB", "< 120 MB", memory_mb < 120),
-    ]
+        for each in (ours, seed, bare):
+            await _wait_for(each.port)
+        points, _ = await _asked_chart(ours.port, tokens[0])
+        assert points == CHART_POINTS, points
+        dear, cheap = max(size.requests // _SEED_SHARE, 1), size.requests
+        loads = {
+            "current": _Load(ours, _requests(_CURRENT, some, cheap)),
+            "current, seed": _Load(seed, _requests(_CURRENT, some, dear)),
+            "query": _Load(bare, _requests("/query", [], cheap)),
+            "constant": _Load(bare, _requests("/constant", [], cheap)),
+            "constant, seed": _Load(seed, _requests("/constant", [], dear)),
+            "chart, seed": _Load(seed, _requests(_CHART, some, dear)),
+            "cached": _Load(ours, _requests(_CHART, tokens[:8], cheap)),
+        }
+        # Every user is asked for once, so that no answer can have been kept.
+        fresh = iter(tokens[8:])
+        each_run = min(size.uncached_requests, (len(tokens) - 8) // (size.runs + 1))
+        cpu_ms: dict[str, list[float]] = {name: [] for name in (*loads, "uncached", "304")}
+        for run in progress("requests", range(size.runs + 1), total=size.runs + 1, unit="runs"):
+            loads["uncached"] = _Load(ours, _requests(_CHART, list(islice(fresh, each_run)), each_run))
+            _, tag = await _asked_chart(ours.port, tokens[0])
+            repeated = _requests(_CHART, tokens[:1], cheap, if_none_match=tag)
+            loads["304"] = _Load(ours, repeated, status=304)
+            for name, load in loads.items():
+                spent = await _cpu_ms(load)
+                if run > 0:  # the first one warms up
+                    cpu_ms[name].append(spent)
+        memory_mb = ours.process.memory_info().rss / 1e6
+        seed_memory_mb = seed.process.memory_info().rss / 1e6
+    cpu = {name: middle(values) for name, values in cpu_ms.items()}
+    unit = "ms CPU"
+    return Measured(
+        [
+            Figure(
+                f"/current, {POSITIONS} positions (limit: bare aiohttp + query)",
+                unit,
+                cpu["current"],
+                cpu["current, seed"],
+                cpu["query"],
+                times_min=12,
+                share_min=0.75,
+            ),
+            Figure(
+                f"chart of {CHART_POINTS} points, not cached",
+                unit,
+                cpu["uncached"],
+                cpu["chart, seed"],
+                at_most=CHART_CPU_MS_MAX,
+                times_min=20,
+            ),
+            Figure(
+                "  cached (limit: bare aiohttp)",
+                unit,
+                cpu["cached"],
+                cpu["chart, seed"],
+                cpu["constant"],
+                share_min=0.7,
+            ),
+            Figure(
+                "  304 (limit: bare aiohttp)",
+                unit,
+                cpu["304"],
+                cpu["chart, seed"],
+                cpu["constant"],
+                share_min=0.7,
+            ),
+            Figure("a constant: bare aiohttp, and FastAPI", unit, cpu["constant"], cpu["constant, seed"]),
+            Figure("memory of the server process", "MB", memory_mb, seed_memory_mb, at_most=MEMORY_MB_MAX),
+        ],
+        {},
+    )
+
+
+# ---- servers -------------------------------------------------------------------------------------
+
+
+def _gateway_environment(database_url: str, nats_url: str) -> dict[str, str]:
+    return {
+        "DATABASE_URL": database_url,
+        "NATS_URL": nats_url,
+        "JWT_SECRET": _SECRET,
+        "GATEWAY_HOST": "127.0.0.1",
+        "HEALTH_HOST": "127.0.0.1",
+        "HEALTH_PORT": str(free_port()),
+        "LOG_LEVEL": "WARNING",
+    }
 
 
 @contextmanager
-def _process(module: list[str], environment: dict[str, str]) -> Iterator[psutil.Process]:
+def _running(module: list[str], own: dict[str, str], *arguments: str) -> Iterator[_Server]:
+    """Run a server as a process for the block, on a free port that it is told in both ways."""
+    port = free_port()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", *module], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, "-m", *module, str(port), *arguments],
+            cwd=ROOT,
+            env=service_environment({"GATEWAY_PORT": str(port), **own}),
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
         try:
-            yield psutil.Process(process.pid)
+            yield _Server(psutil.Process(process.pid), port)
         finally:
             process.terminate()
             process.wait(15)
-
-
-async def _cpu_ms(server: psutil.Process, port: int, path: str, token: str = "") -> float:
-    """Return the median CPU milliseconds that the server spends on a request, in user and kernel mode."""
-    request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-    request += f"Authorization: Bearer {token}\r\n\r\n" if token else "\r\n"
-    await _wait_for(port)
-    await _load(port, request.encode(), REQUESTS // 4)
-    spent = []
-    for _ in range(RUNS):
-        before = server.cpu_times()
-        await _load(port, request.encode(), REQUESTS)
-        after = server.cpu_times()
-        spent.append((after.user + after.system - before.user - before.system) * 1000 / REQUESTS)
-    return median(spent)
 
 
 async def _wait_for(port: int) -> None:
@@ -116,18 +196,69 @@ async def _wait_for(port: int) -> None:
                 return
 
 
-async def _load(port: int, request: bytes, requests: int) -> None:
-    """Send the request over 64 connections that are kept open, one at a time on each."""
-    await asyncio.gather(*(_client(port, request, requests // CONNECTIONS) for _ in range(CONNECTIONS)))
+# ---- requests ------------------------------------------------------------------------------------
 
 
-async def _client(port: int, request: bytes, requests: int) -> None:
+def _token(subject: str) -> str:
+    return minted_token(
+        TokenSettings.model_validate({"jwt_secret": _SECRET}),
+        subject,
+        now=utc_now(),
+        lifetime=timedelta(hours=6),
+    )
+
+
+def _requests(path: str, tokens: Sequence[str], count: int, *, if_none_match: str = "") -> list[bytes]:
+    """Return so many requests, of the tokens in turn."""
+    condition = f"If-None-Match: {if_none_match}\r\n" if if_none_match else ""
+    kinds = [
+        f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n{condition}\r\n".encode()
+        for token in tokens
+    ] or [f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()]
+    return list(islice(cycle(kinds), count))
+
+
+async def _cpu_ms(load: _Load) -> float:
+    """Send the load's requests; return the CPU milliseconds per request, of user and kernel mode."""
+    before = load.server.process.cpu_times()
+    await _send(load.server.port, load.requests, load.status)
+    after = load.server.process.cpu_times()
+    spent = after.user + after.system - before.user - before.system
+    return spent * 1000 / len(load.requests)
+
+
+async def _send(port: int, requests: list[bytes], status: int) -> None:
+    """Send the requests over 64 connections that are kept open, one at a time on each."""
+    waiting = iter(requests)
+    await asyncio.gather(*(_client(port, waiting, status) for _ in range(min(CONNECTIONS, len(requests)))))
+
+
+async def _client(port: int, waiting: Iterator[bytes], status: int) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    for _ in range(requests):
+    for request in waiting:
         writer.write(request)
-        head = await reader.readuntil(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 200"), head
-        length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
-        await reader.readexactly(length)
+        answered, _, _ = await _answer(reader)
+        assert answered == status, answered
     writer.close()
     await writer.wait_closed()
+
+
+async def _answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
+    """Return status, headers and body of the next answer."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode()
+    first, *lines = head.strip().split("\r\n")
+    status = int(first.split(" ")[1])
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    body = await reader.readexactly(int(headers.get("content-length", "0"))) if status != 304 else b""
+    return status, headers, body
+
+
+async def _asked_chart(port: int, token: str) -> tuple[int, str]:
+    """Return the number of points of a chart, and its ETag, empty when it has none."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(_requests(_CHART, [token], 1)[0])
+    status, headers, body = await _answer(reader)
+    assert status == 200, body
+    writer.close()
+    await writer.wait_closed()
+    return body.count(b'"timestamp"'), headers.get("etag", "")
