@@ -21,8 +21,9 @@ from shared.database import DatabaseUnavailable, SchemaMissing
 
 BODY_BYTES_MAX = 1024
 """No endpoint takes a body; a small one is ignored, a larger one refused unread."""
-IN_FLIGHT_MAX = 256
-"""More requests than this at once are refused at once, so that a slow database makes no pile."""
+IN_FLIGHT_MAX = 2048
+"""More requests than this at once are refused at once, so that a slow database makes no pile. A thousand that wait for
+the same chart are none: one statement answers them all."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SECURITY_HEADERS = {
@@ -34,10 +35,10 @@ _SECURITY_HEADERS = {
 }
 _PREFLIGHT_HEADERS = {
     "Access-Control-Allow-Methods": "GET",
-    "Access-Control-Allow-Headers": "Authorization, X-Request-Id",
+    "Access-Control-Allow-Headers": "Authorization, If-None-Match, X-Request-Id",
     "Access-Control-Max-Age": "600",
 }
-_CORS_EXPOSED = "X-Request-Id, Retry-After, WWW-Authenticate"
+_CORS_EXPOSED = "ETag, X-Request-Id, Retry-After, WWW-Authenticate"
 
 log = logs.get_logger()
 request_seconds = Histogram(
@@ -146,7 +147,7 @@ class Edge:
         headers.update(_SECURITY_HEADERS)
         headers.setdefault("Cache-Control", "no-store")
         if self.allowed_origins:
-            headers["Vary"] = "Origin"
+            headers["Vary"] = f"{headers['Vary']}, Origin" if "Vary" in headers else "Origin"
             if origin in self.allowed_origins:
                 assert origin is not None
                 headers["Access-Control-Allow-Origin"] = origin

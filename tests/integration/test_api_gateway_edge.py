@@ -152,7 +152,7 @@ async def test_requests_are_counted_by_route_and_status(gateway: Gateway) -> Non
 async def test_allowed_origin_may_read_the_answer(gateway: Gateway) -> None:
     answer = await gateway.ask("GET", CURRENT, headers=bearer() | {"Origin": APP})
     assert answer.headers["Access-Control-Allow-Origin"] == APP
-    assert answer.headers["Vary"] == "Origin"
+    assert answer.headers["Vary"] == "Accept-Encoding, Origin"
     refused = await gateway.ask("GET", CURRENT, headers={"Origin": APP})
     assert (refused.status, refused.headers["Access-Control-Allow-Origin"]) == (401, APP)
 
@@ -161,7 +161,7 @@ async def test_allowed_origin_may_read_the_answer(gateway: Gateway) -> None:
 async def test_other_origin_may_not(gateway: Gateway, origin: str) -> None:
     answer = await gateway.ask("GET", CURRENT, headers=bearer() | {"Origin": origin})
     assert "Access-Control-Allow-Origin" not in answer.headers
-    assert answer.headers["Vary"] == "Origin"
+    assert answer.headers["Vary"] == "Accept-Encoding, Origin"
 
 
 async def test_preflight_of_an_allowed_origin_is_answered(gateway: Gateway) -> None:
