@@ -83,42 +83,107 @@ FROM portfolio_valuations
 WHERE subject = $1
 """
 
-# A series: for each bucket its last snapshot, found by one probe of the index on (user_id, timestamp), so that the
-# work follows the points and not the snapshots behind them.
+# A series: the last snapshot of each bucket. Up to `rolled_until` a rollup has just that row, read in order from its
+# key alone; after it comes at most a day or two of snapshots, by one probe for each bucket. What a tier does not hold
+# any more comes from the next coarser one. So the work follows the points, whatever is stored.
+# The window's bounds stand apart from those of the tiers, so that partitions are left out before the start.
 _SERIES = """
+WITH reach AS MATERIALIZED ({reach})
 SELECT
     string_agg(
-        '{{"timestamp":"' || to_char(bucket.starts_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
-            || '","value":' || last.total_value
-            || CASE WHEN last.unpriced_positions > 0 THEN ',"partial":true}}' ELSE '}}' END,
-        ',' ORDER BY bucket.starts_at
+        '{{"timestamp":"' || replace((bucket AT TIME ZONE 'UTC')::text, ' ', 'T') || 'Z","value":' || total_value
+            || CASE WHEN unpriced_positions > 0 THEN ',"partial":true}}' ELSE '}}' END,
+        ','
     ) AS points,
-    (array_agg(last.total_value ORDER BY bucket.starts_at))[1] AS first_value,
-    bool_or(last.simulated) AS simulated
-FROM ({buckets}) AS bucket
-CROSS JOIN LATERAL (
-    SELECT total_value, unpriced_positions, simulated
-    FROM portfolio_snapshots
-    WHERE user_id = $1 AND timestamp >= bucket.starts_at AND timestamp < bucket.ends_at
-    ORDER BY timestamp DESC
-    LIMIT 1
-) AS last
+    (array_agg(total_value))[1] AS first_value,
+    bool_or(simulated) AS simulated
+FROM (
+    SELECT *
+    FROM ({points}) AS points
+    ORDER BY bucket
+) AS point
+"""
+_REACH = """
+    SELECT
+        max(complete_until) FILTER (WHERE tier = '{tier}') AS rolled_until,
+        max(kept_from) FILTER (WHERE tier = '{tier}') AS kept_from,
+        max(kept_from) FILTER (WHERE tier = '{coarser}') AS coarser_kept_from
+    FROM history_tiers
+"""
+_ROLLED = """
+    SELECT bucket, total_value, unpriced_positions, simulated
+    FROM portfolio_rollups_{tier}
+    WHERE user_id = $1 AND bucket >= $2 AND bucket < $3::timestamptz + $4::interval
+        AND bucket < (SELECT {until} FROM reach)
+"""
+# Each snapshot of the last day is a point, or nearly: they are read in order instead of probed for.
+_RAW = """
+    SELECT DISTINCT ON (bucket) bucket, total_value, unpriced_positions, simulated
+    FROM (
+        SELECT date_bin($4, timestamp, 'epoch') AS bucket, timestamp, total_value, unpriced_positions, simulated
+        FROM portfolio_snapshots
+        WHERE user_id = $1 AND timestamp >= $2 AND timestamp < $3::timestamptz + $4::interval
+        ORDER BY timestamp
+    ) AS snapshots
+    ORDER BY bucket, timestamp DESC
+"""
+_TAIL = """
+    SELECT bucket, last.total_value, last.unpriced_positions, last.simulated
+    FROM generate_series(
+        GREATEST($2::timestamptz, (SELECT rolled_until FROM reach)), $3::timestamptz, $4::interval
+    ) AS bucket
+    CROSS JOIN LATERAL (
+        SELECT total_value, unpriced_positions, simulated
+        FROM portfolio_snapshots
+        WHERE user_id = $1 AND timestamp >= bucket AND timestamp < bucket + $4::interval
+            AND timestamp >= $2 AND timestamp < $3::timestamptz + $4::interval
+        ORDER BY timestamp DESC
+        LIMIT 1
+    ) AS last
 """
 
-SERIES = _SERIES.format(
-    buckets="""
-    SELECT starts_at, starts_at + $4::interval AS ends_at
-    FROM generate_series($2::timestamptz, $3::timestamptz, $4::interval) AS starts_at
-"""
-)
+
+def _series_statement(tier: str, *coarser: str) -> str:
+    """Compose the statement of one bucket width: its own tier, and what is left of older times."""
+    own = [_RAW] if tier == "raw" else [_ROLLED.format(tier=tier, until="rolled_until"), _TAIL]
+    older = [
+        _ROLLED.format(tier=name, until=until)
+        for name, until in zip(coarser, ("kept_from", "coarser_kept_from"), strict=False)
+    ]
+    return _SERIES.format(
+        reach=_REACH.format(tier=tier, coarser=coarser[0]),
+        points=" UNION ALL ".join(f"({leg})" for leg in (*own, *older)),
+    )
+
+
+SERIES = {
+    timedelta(minutes=5): _series_statement("raw", "1h", "1d"),
+    timedelta(minutes=30): _series_statement("30m", "1h", "1d"),
+    timedelta(hours=1): _series_statement("1h", "1d"),
+    timedelta(hours=3): _series_statement("3h", "1d"),
+}
 
 # A day is a market date: from local midnight to the next, 23 or 25 hours later when the clock changes.
 DAILY_SERIES = _SERIES.format(
-    buckets="""
-    SELECT day AT TIME ZONE $4 AS starts_at, (day + interval '1 day') AT TIME ZONE $4 AS ends_at
+    reach="""
+    SELECT
+        rolled_day,
+        rolled_day::timestamp AT TIME ZONE $4 AS rolled_until,
+        COALESCE($2::date::timestamp AT TIME ZONE $4, '-infinity') AS starts_at,
+        ($3::date + 1)::timestamp AT TIME ZONE $4 AS ends_at
+    FROM (SELECT (complete_until AT TIME ZONE $4)::date AS rolled_day FROM history_tiers WHERE tier = '1d') AS tier
+""",
+    points="""
+    SELECT bucket, total_value, unpriced_positions, simulated
+    FROM portfolio_rollups_1d
+    WHERE user_id = $1
+        AND bucket >= (SELECT starts_at FROM reach)
+        AND bucket < (SELECT LEAST(ends_at, rolled_until) FROM reach)
+    UNION ALL
+    SELECT day AT TIME ZONE $4, last.total_value, last.unpriced_positions, last.simulated
     FROM generate_series(
         COALESCE(
-            $2::date,
+            NULLIF(GREATEST($2::date, (SELECT rolled_day FROM reach)), '-infinity'),
             (
                 SELECT (timestamp AT TIME ZONE $4)::date
                 FROM portfolio_snapshots
@@ -130,7 +195,15 @@ DAILY_SERIES = _SERIES.format(
         $3::date::timestamp,
         interval '1 day'
     ) AS day
-"""
+    CROSS JOIN LATERAL (
+        SELECT total_value, unpriced_positions, simulated
+        FROM portfolio_snapshots
+        WHERE user_id = $1
+            AND timestamp >= day AT TIME ZONE $4 AND timestamp < (day + interval '1 day') AT TIME ZONE $4
+        ORDER BY timestamp DESC
+        LIMIT 1
+    ) AS last
+""",
 )
 
 
@@ -174,8 +247,11 @@ async def live_value(database: Database, subject: str) -> LiveValue | None:
 async def series(
     database: Database, user_id: int, first: datetime, last: datetime, width: timedelta
 ) -> Series:
-    """Return the last snapshot of each bucket; buckets start at `first`, every `width`, until `last`."""
-    return _series(await database.fetch_row(SERIES, user_id, first, last, width))
+    """Return the last snapshot of each bucket; buckets start at `first`, every `width`, until `last`.
+
+    The width is one that SERIES has. Of times whose snapshots have been dropped there are coarser points.
+    """
+    return _series(await database.fetch_row(SERIES[width], user_id, first, last, width))
 
 
 async def daily_series(

@@ -1,0 +1,186 @@
+"""Charts over a history that is rolled up and dropped: the same values, from fewer rows."""
+
+import asyncio
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from services.api_gateway import performance, queries
+from services.api_gateway.performance import Buckets, MarketDays, Timeframe
+from services.snapshotter import upkeep
+from services.snapshotter.upkeep import Upkeep
+from shared.database import Database
+from tests.factories import create_user, make_partitions
+
+NEW_YORK = ZoneInfo("America/New_York")
+NOW = datetime(2026, 3, 12, 14, 3, tzinfo=UTC)  # four days after the clocks of New York changed
+FIVE_MINUTES = timedelta(minutes=5)
+DAY = timedelta(days=1)
+
+
+def kept_for(days: int, rollup_days: int) -> Upkeep:
+    return Upkeep(FIVE_MINUTES, NEW_YORK.key, timedelta(days=days), DAY, timedelta(days=rollup_days))
+
+
+async def keep(database: Database, policy: Upkeep, now: datetime) -> upkeep.Done:
+    """One round of upkeep by a clock that has been steady for long."""
+    await database.fetch(
+        """
+        INSERT INTO history_clock (seen_at, steady_since) VALUES ($1, $1::timestamptz - interval '1 year')
+        ON CONFLICT (id) DO UPDATE SET seen_at = $1, steady_since = $1::timestamptz - interval '1 year'
+        """,
+        now,
+    )
+    return await upkeep.keep(database, policy, now, asyncio.Event())
+
+
+async def points(
+    database: Database, user_id: int, window: Buckets | MarketDays
+) -> list[tuple[str, str, bool]]:
+    """Return (timestamp, value, partial) of each point."""
+    match window:
+        case MarketDays(first, last):
+            series = await queries.daily_series(database, user_id, first, last, NEW_YORK.key)
+        case Buckets(starts_at, last_starts_at, width):
+            series = await queries.series(database, user_id, starts_at, last_starts_at, width)
+    found: list[dict[str, Any]] = json.loads(f"[{series.points}]", parse_float=str)
+    return [(point["timestamp"], point["value"], point.get("partial", False)) for point in found]
+
+
+async def add_snapshots(database: Database, user_id: int, snapshots: list[tuple[datetime, int]]) -> None:
+    """Insert snapshots of (slot, value in cents); an odd number of cents has an unpriced position."""
+    if snapshots:
+        await make_partitions(database, min(snapshots)[0], max(snapshots)[0])
+    await database.fetch(
+        """
+        INSERT INTO portfolio_snapshots
+            (timestamp, user_id, unpriced_positions, total_value, cash_balance, investment_value)
+        SELECT slot, $1, cents % 2, cents / 100.0, cents / 100.0, 0
+        FROM unnest($2::timestamptz[], $3::integer[]) AS given (slot, cents)
+        """,
+        user_id,
+        [slot for slot, _ in snapshots],
+        [cents for _, cents in snapshots],
+    )
+
+
+async def add_regular_snapshots(
+    database: Database, user_id: int, first: datetime, last: datetime, every: timedelta
+) -> None:
+    await make_partitions(database, first, last)
+    await database.fetch(
+        """
+        INSERT INTO portfolio_snapshots (timestamp, user_id, total_value, cash_balance, investment_value)
+        SELECT slot, $1, 100, 100, 0 FROM generate_series($2::timestamptz, $3, $4::interval) AS slot
+        """,
+        user_id,
+        first,
+        last,
+        every,
+        timeout=60,
+    )
+
+
+ages = st.one_of(
+    st.integers(
+        0, 12 * 24 * 3
+    ),  # the last three days, and with them the border between rollups and snapshots
+    st.integers(0, 12 * 24 * 100),
+)
+histories = st.dictionaries(ages, st.integers(0, 10**9), max_size=120)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    history=histories,
+    rounds=st.lists(st.integers(0, 12 * 24 * 5), max_size=3),
+    kept_days=st.sampled_from([8, 92, 100]),
+)
+async def test_value_that_was_shown_never_changes_because_of_a_rollup(
+    database: Database, history: dict[int, int], rounds: list[int], kept_days: int
+) -> None:
+    await database.fetch("DELETE FROM users")
+    await database.fetch(
+        "UPDATE history_tiers SET complete_until = DEFAULT, users_done = 0, kept_from = DEFAULT"
+    )
+    user_id = await create_user(database)
+    snapshots = [(NOW - timedelta(minutes=3) - age * FIVE_MINUTES, cents) for age, cents in history.items()]
+    await add_snapshots(database, user_id, snapshots)
+    windows = {timeframe: performance.buckets(timeframe, NOW, NEW_YORK) for timeframe in Timeframe}
+    shown = {timeframe: await points(database, user_id, window) for timeframe, window in windows.items()}
+    for age in sorted(rounds, reverse=True):
+        await keep(database, kept_for(100, 400), NOW - age * FIVE_MINUTES)
+    await keep(database, kept_for(kept_days, 400), NOW)
+    for timeframe, window in windows.items():
+        assert await points(database, user_id, window) == shown[timeframe], timeframe
+    # The same slot has the same value wherever it is kept.
+    tables = ["portfolio_snapshots", *(f"portfolio_rollups_{tier}" for tier in ("30m", "1h", "3h", "1d"))]
+    copies = " UNION ALL ".join(f"SELECT timestamp, total_value FROM {table}" for table in tables)  # noqa: S608
+    assert (
+        await database.fetch(
+            f"SELECT timestamp FROM ({copies}) AS copies GROUP BY timestamp HAVING count(DISTINCT total_value) > 1"  # noqa: S608
+        )
+        == []
+    )
+
+
+async def test_of_times_that_have_been_dropped_the_coarser_points_are_left(database: Database) -> None:
+    """Of 1 January 2025: after 8 days 24 hourly points, after 92 days the market date's one."""
+    user_id = await create_user(database)
+    day = datetime(2025, 1, 1, tzinfo=UTC)
+    await add_snapshots(
+        database, user_id, [(day + slot * FIVE_MINUTES, 10_000 + 2 * slot) for slot in range(288)]
+    )
+    window = performance.buckets_until(Timeframe.ONE_DAY, day + DAY, NEW_YORK)
+    assert len(await points(database, user_id, window)) == 288
+    await keep(database, kept_for(8, 92), day + timedelta(days=30))
+    hourly = await points(database, user_id, window)
+    assert len(hourly) == 24
+    assert hourly[0] == ("2025-01-01T00:00:00Z", "100.22", False)  # slot 11, at 00:55
+    assert hourly[-1] == ("2025-01-01T23:00:00Z", "105.74", False)  # slot 287, at 23:55
+    await keep(database, kept_for(8, 92), day + timedelta(days=150))
+    # Midnight in New York is 05:00; its last slot inside this window's date is 04:55 of the next day, or 23:55 here.
+    assert await points(database, user_id, window) == [("2025-01-01T05:00:00Z", "105.74", False)]
+
+
+async def test_work_follows_the_points_and_not_the_snapshots_behind_them(database: Database) -> None:
+    """Of 28,800 snapshots (100 days) a chart touches as many rows as it has points, all by an index."""
+    user_ids = [await create_user(database, f"user {number}") for number in range(4)]
+    for user_id in user_ids:
+        await add_regular_snapshots(database, user_id, NOW - timedelta(days=100), NOW, FIVE_MINUTES)
+    await keep(database, kept_for(100, 400), NOW)
+    await database.fetch("VACUUM ANALYZE portfolio_snapshots", timeout=60)
+    arguments: tuple[object, ...]
+    for timeframe, rows_max in (
+        ("1D", 288),
+        ("1W", 336),
+        ("1M", 720),
+        ("3M", 720),
+        ("YTD", 71),
+        ("ALL", 101),
+    ):
+        match performance.buckets(Timeframe(timeframe), NOW, NEW_YORK):
+            case MarketDays(first, last):
+                statement, arguments = queries.DAILY_SERIES, (first, last, NEW_YORK.key)
+            case Buckets(starts_at, last_starts_at, width):
+                statement, arguments = queries.SERIES[width], (starts_at, last_starts_at, width)
+        (row,) = await database.fetch(
+            f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {statement}", user_ids[1], *arguments
+        )
+        plan = nodes(json.loads(row[0])[0]["Plan"])
+        scans = [node for node in plan if node.get("Relation Name", "history_tiers") != "history_tiers"]
+        assert {node["Node Type"] for node in scans} <= {
+            "Index Scan",
+            "Index Only Scan",
+            "Bitmap Heap Scan",
+        }, timeframe
+        rows = sum(node["Actual Rows"] * node["Actual Loops"] for node in scans)
+        assert rows_max - 2 <= rows <= rows_max, timeframe
+
+
+def nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    return [plan, *(below for part in plan.get("Plans", []) for below in nodes(part))]
