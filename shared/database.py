@@ -1,14 +1,16 @@
 """PostgreSQL: a pool as a context manager, deadlines on every statement, and what counts as unavailable."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from shared import logs
+from shared.deadlines import Deadlines
 
 SCHEMA_REVISION = "0002"
 """The migration that this code needs; a database may be ahead of it."""
@@ -16,6 +18,8 @@ SCHEMA_REVISION = "0002"
 CONNECT_TIMEOUT_SECONDS = 3.0
 STATEMENT_TIMEOUT_SECONDS = 2.0
 CHECK_TIMEOUT_SECONDS = 1.0
+IDLE_SECONDS_MAX = 300.0
+"""A connection that nobody has used for so long is ended."""
 
 Connection = PoolConnectionProxy
 T = TypeVar("T")
@@ -60,17 +64,15 @@ _CONNECTION_GONE = (
 _SCHEMA_MISSING = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError)
 
 
-@contextmanager
-def _failures_named() -> Iterator[None]:
+def _named(error: Exception) -> Exception:
     """Turn the driver's many errors into the two that callers can act on; a bug stays as it is."""
-    try:
-        yield
-    except _NOT_UNAVAILABLE:
-        raise
-    except _SCHEMA_MISSING as error:
-        raise SchemaMissing(f"{error}: run `alembic upgrade head`") from error
-    except _UNAVAILABLE as error:
-        raise DatabaseUnavailable(str(error) or type(error).__name__) from error
+    if isinstance(error, _NOT_UNAVAILABLE):
+        return error
+    if isinstance(error, _SCHEMA_MISSING):
+        return SchemaMissing(f"{error}: run `alembic upgrade head`")
+    if isinstance(error, _UNAVAILABLE):
+        return DatabaseUnavailable(str(error) or type(error).__name__)
+    return error
 
 
 class Database:
@@ -80,10 +82,19 @@ class Database:
     Methods raise DatabaseUnavailable or SchemaMissing; any other error is a bug in the statement or its data.
     """
 
-    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]", connections_max: int) -> None:
+    def __init__(
+        self, pool: "asyncpg.Pool[asyncpg.Record]", connections_max: int, *, keeps_connections: bool
+    ) -> None:
         self._pool = pool
-        # The pool's own queue lets newcomers overtake those who wait, some of them for ever; a semaphore does not.
-        self._turns = asyncio.Semaphore(connections_max)
+        self._turns_free = connections_max
+        self._waiting: deque[asyncio.Future[Connection | None]] = deque()
+        self._patience = Deadlines(CONNECT_TIMEOUT_SECONDS, _give_up)
+        # The pool makes two tasks and three timers of each lending. Connections that need no reset are therefore not
+        # returned to it after a statement that went well, but handed to the next statement. Those kept and those
+        # at work are together never more than `connections_max`, so the pool always has one for whoever gets none.
+        self._keeps_connections = keeps_connections
+        self._kept: list[Connection] = []
+        self._idle = Deadlines(IDLE_SECONDS_MAX, self._end)
 
     async def fetch(
         self, statement: str, *args: object, timeout: float = STATEMENT_TIMEOUT_SECONDS
@@ -102,44 +113,118 @@ class Database:
 
     async def run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Run `work` with a connection of the pool; twice when the first connection turned out to be gone."""
-        with _failures_named():
+        try:
             try:
                 return await self._attempt(work)
             except _CONNECTION_GONE:
                 return await self._attempt(work)
+        except Exception as error:
+            named = _named(error)
+            if named is error:
+                raise
+            raise named from error
 
     async def _attempt(self, work: Callable[[Connection], Awaitable[T]]) -> T:
-        await self._wait_for_turn()
+        connection = await self._borrow()
         try:
-            async with self._pool.acquire(timeout=CONNECT_TIMEOUT_SECONDS) as connection:
-                try:
-                    return await work(connection)
-                except asyncpg.InternalClientError:
-                    connection.terminate()  # the server has ended it, but its end has not been read yet
-                    raise
-        finally:
-            self._turns.release()
+            result = await work(connection)
+        except BaseException as error:
+            if isinstance(error, asyncpg.InternalClientError):
+                connection.terminate()  # the server has ended it, but its end has not been read yet
+            await self._give_back(connection)
+            raise
+        if self._keeps_connections:
+            self._pass_turn(connection)
+        else:
+            await self._give_back(connection)
+        return result
 
-    async def _wait_for_turn(self) -> None:
-        if not self._turns.locked():
-            await self._turns.acquire()
-            return
-        async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
-            await self._turns.acquire()
+    async def _borrow(self) -> Connection:
+        """Wait for a turn, and return a connection; whoever gets it gives it back or passes it on."""
+        kept = await self._turn()
+        if kept is not None and _is_open(kept):
+            return kept
+        try:
+            if kept is not None:
+                await self._pool.release(kept)
+            return await self._pool.acquire(timeout=CONNECT_TIMEOUT_SECONDS)
+        except BaseException:
+            self._pass_turn(None)
+            raise
+
+    async def _give_back(self, connection: Connection) -> None:
+        """Return the connection to the pool, which cleans it or ends it, and pass the turn."""
+        try:
+            await self._pool.release(connection)
+        finally:
+            self._pass_turn(None)
+
+    async def _turn(self) -> Connection | None:
+        """Wait for a turn, in the order of arrival; return the kept connection that comes with it, if there is one.
+
+        The pool's own queue lets newcomers overtake those who wait, some of them for ever.
+        """
+        if self._turns_free > 0:
+            self._turns_free -= 1
+            if not self._kept:
+                return None
+            connection = self._kept.pop()  # the one used last, so that those not needed become old
+            self._idle.end(connection)
+            return connection
+        waiter: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        self._patience.start(waiter)
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if not waiter.cancelled() and waiter.exception() is None:
+                self._pass_turn(waiter.result())  # it came together with the cancellation
+            raise
+        finally:
+            self._patience.end(waiter)
+
+    def _pass_turn(self, connection: Connection | None) -> None:
+        """End a turn: it goes, with its connection, to the first who waits."""
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(connection)
+                return
+        self._turns_free += 1
+        if connection is not None:
+            self._kept.append(connection)
+            self._idle.start(connection)
+
+    def _end(self, connection: Connection) -> None:
+        """End a kept connection that has been idle for too long."""
+        self._kept.remove(connection)
+        if _is_open(connection):
+            connection.terminate()
+
+    async def close(self) -> None:
+        """Wait until all statements have ended, and close the pool."""
+        self._keeps_connections = False
+        while self._kept:
+            connection = self._kept.pop()
+            self._idle.end(connection)
+            await self._pool.release(connection)
+        await self._pool.close()
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """Hold a connection inside a transaction that commits at the end of the block."""
-        with _failures_named():
-            await self._wait_for_turn()
+        try:
+            connection = await self._borrow()
             try:
-                async with (
-                    self._pool.acquire(timeout=CONNECT_TIMEOUT_SECONDS) as connection,
-                    connection.transaction(),
-                ):
+                async with connection.transaction():
                     yield connection
             finally:
-                self._turns.release()
+                await self._give_back(connection)
+        except Exception as error:
+            named = _named(error)
+            if named is error:
+                raise
+            raise named from error
 
     @property
     def connections_open(self) -> int:
@@ -147,7 +232,7 @@ class Database:
 
     @property
     def connections_idle(self) -> int:
-        return self._pool.get_idle_size()
+        return self._pool.get_idle_size() + len(self._kept)
 
     async def check(self) -> str | None:
         """Return None when the database answers, else why not. For readiness."""
@@ -172,6 +257,18 @@ class Database:
         return None
 
 
+def _give_up(waiter: asyncio.Future[Connection | None]) -> None:
+    if not waiter.done():
+        waiter.set_exception(TimeoutError("no connection became free in time"))
+
+
+def _is_open(connection: Connection) -> bool:
+    try:
+        return not connection.is_closed()
+    except asyncpg.InterfaceError:  # it has ended, and the pool has taken it back
+        return False
+
+
 async def _leave_as_it_is(_: object) -> None:
     """Reset nothing: single reading statements leave no lock, cursor, listener or setting behind."""
 
@@ -189,13 +286,13 @@ async def connect(
     """Open a pool that connects when it is first used, so that a service can start before its database.
 
     `statement_timeout_seconds` is the server's own bound, for statements whose client has gone. With `reads_only`
-    the server refuses to write, and a connection goes back to the pool without the reset that costs a round trip.
+    the server refuses to write, and a connection goes to the next statement without the reset that costs a round trip.
     """
     pool = asyncpg.create_pool(
         url,
         min_size=0,
         max_size=connections_max,
-        max_inactive_connection_lifetime=300.0,
+        max_inactive_connection_lifetime=IDLE_SECONDS_MAX,
         timeout=CONNECT_TIMEOUT_SECONDS,
         command_timeout=STATEMENT_TIMEOUT_SECONDS,
         server_settings={
@@ -213,12 +310,13 @@ async def connect(
         reset=_leave_as_it_is if reads_only else None,
     )
     async with pool:
+        database = Database(pool, connections_max, keeps_connections=reads_only)
         try:
-            yield Database(pool, connections_max)
+            yield database
         finally:
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
-                    await pool.close()
+                    await database.close()
             except TimeoutError:
                 log.warning("database_pool_terminated", reason="connections did not close in time")
                 pool.terminate()

@@ -218,10 +218,13 @@ async def test_database_without_the_tables_gives_503(database: Database, databas
             assert unavailable(await gateway.get(path))
 
 
-async def test_connections_are_served_in_order_of_arrival(database_url: str) -> None:
+@pytest.mark.parametrize("reads_only", [False, True])
+async def test_connections_are_served_in_order_of_arrival(database_url: str, reads_only: bool) -> None:
     """The driver's pool alone would let newcomers overtake those who wait, some of them until they time out."""
     served: list[int] = []
-    async with databases.connect(database_url, application_name="tests", connections_max=1) as database:
+    async with databases.connect(
+        database_url, application_name="tests", connections_max=1, reads_only=reads_only
+    ) as database:
 
         async def ask(number: int) -> None:
             await database.fetch_value("SELECT 1")
