@@ -4,20 +4,27 @@ A request id, a deadline, limits, CORS, security headers, errors as problems, on
 """
 
 import asyncio
+import random
 import re
-import secrets
 import time
-from collections.abc import Awaitable, Callable
+from bisect import bisect_left
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
-from prometheus_client import Gauge, Histogram
+from multidict import CIMultiDict, istr
+from prometheus_client import REGISTRY, Gauge
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from services.api_gateway import problems
 from services.api_gateway.problems import Problem
 from shared import logs
 from shared.database import DatabaseUnavailable, SchemaMissing
+from shared.deadlines import Deadlines
 
 BODY_BYTES_MAX = 1024
 """No endpoint takes a body; a small one is ignored, a larger one refused unread."""
@@ -26,13 +33,16 @@ IN_FLIGHT_MAX = 2048
 the same chart are none: one statement answers them all."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_SECURITY_HEADERS = {
-    "Server": "foliotick",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-}
+_X_REQUEST_ID = istr("X-Request-Id")  # an istr is folded to lower case once, not in each look-up
+_SECURITY_HEADERS = CIMultiDict(
+    {
+        "Server": "foliotick",
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",
+        "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+        "Referrer-Policy": "no-referrer",
+    }
+)
 _PREFLIGHT_HEADERS = {
     "Access-Control-Allow-Methods": "GET",
     "Access-Control-Allow-Headers": "Authorization, If-None-Match, X-Request-Id",
@@ -41,15 +51,48 @@ _PREFLIGHT_HEADERS = {
 _CORS_EXPOSED = "ETag, X-Request-Id, Retry-After, WWW-Authenticate"
 
 log = logs.get_logger()
-request_seconds = Histogram(
-    "gateway_request_seconds",
-    "Time to answer a request, by route and status",
-    ["route", "status"],
-    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
-)
 requests_in_flight = Gauge("gateway_requests_in_flight", "Requests being answered")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class RequestSeconds(Collector):
+    """The histogram `gateway_request_seconds`, by route and status.
+
+    The library's own takes a lock for the sum and one for the bucket, after a walk over the buckets: 2 µs a request.
+    All requests are answered in one thread, so plain numbers will do; they are added up when they are asked for.
+    """
+
+    BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, int], list[int]] = {}
+        self._sums: dict[tuple[str, int], float] = {}
+
+    def observe(self, route: str, status: int, seconds: float) -> None:
+        key = route, status
+        counts = self._counts.get(key)
+        if counts is None:
+            counts = self._counts[key] = [0] * (len(self.BOUNDS) + 1)
+            self._sums[key] = 0.0
+        counts[bisect_left(self.BOUNDS, seconds)] += 1
+        self._sums[key] += seconds
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(
+            "gateway_request_seconds",
+            "Time to answer a request, by route and status",
+            labels=["route", "status"],
+        )
+        names = [*(str(bound) for bound in self.BOUNDS), "+Inf"]
+        for (route, status), counts in self._counts.items():
+            buckets = list(zip(names, accumulate(counts), strict=True))
+            family.add_metric([route, str(status)], buckets, self._sums[route, status])
+        yield family
+
+
+request_seconds = RequestSeconds()
+REGISTRY.register(request_seconds)
 
 
 @dataclass
@@ -64,7 +107,7 @@ class Edge:
 
     def __post_init__(self) -> None:
         self._in_flight = 0
-        self._timers: dict[tuple[str, int], Histogram] = {}
+        self._deadlines = Deadlines(self.timeout_seconds, _cut_off)
         requests_in_flight.set_function(lambda: self._in_flight)
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
@@ -75,16 +118,21 @@ class Edge:
             response, reason = await self._answer(request, request_id)
         finally:
             self._in_flight -= 1
-        self._finish(response, request_id, request.headers.get("Origin"))
-        route = request.path if request.path in self.routes else "unmatched"
+        self._finish(response, request_id, request.headers.get(hdrs.ORIGIN))
+        path = request.path
         self._record(
-            request.method, route, response.status, started=started, request_id=request_id, reason=reason
+            request.method,
+            path if path in self.routes else "unmatched",
+            response.status,
+            started=started,
+            request_id=request_id,
+            reason=reason,
         )
         return response
 
     def malformed(self, error: BaseException | None) -> web.Response:
         """Answer what could not be parsed as a request; nothing of it is repeated in the answer or the log."""
-        request_id = secrets.token_hex(8)
+        request_id = _new_request_id()
         detail = (
             "The request line or a header is too long."
             if isinstance(error, LineTooLong)
@@ -111,9 +159,9 @@ class Edge:
             self._refuse_overload()
             if self._is_preflight(request):
                 return web.Response(status=204, headers=_PREFLIGHT_HEADERS), None
-            _refuse_body(request)
-            async with asyncio.timeout(self.timeout_seconds):
-                return await self.handler(request), None
+            if request.body_exists:
+                _refuse_body(request)
+            return await self._in_time(request), None
         except Problem as error:
             problem, reason = error, _reason(error.__cause__)
         except web.HTTPException as error:
@@ -130,6 +178,21 @@ class Edge:
             problem, reason = Problem(problems.INTERNAL_ERROR, detail), _reason(error)
         return problem.response(request_id), reason
 
+    async def _in_time(self, request: web.Request) -> web.StreamResponse:
+        """Handle the request; raises TimeoutError at the deadline, as `asyncio.timeout` would."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._deadlines.start(task)
+        try:
+            return await self.handler(request)
+        except asyncio.CancelledError as error:
+            # Only the deadline's own cancellation is a timeout; the server's, at its end, goes on.
+            if not self._deadlines.end(task) and task.uncancel() == 0:
+                raise TimeoutError from error
+            raise
+        finally:
+            self._deadlines.end(task)
+
     def _refuse_overload(self) -> None:
         if self._in_flight > IN_FLIGHT_MAX:
             raise Problem(problems.OVERLOADED, "Try again soon.")
@@ -143,9 +206,9 @@ class Edge:
 
     def _finish(self, response: web.StreamResponse, request_id: str, origin: str | None) -> None:
         headers = response.headers
-        headers["X-Request-Id"] = request_id
+        headers[_X_REQUEST_ID] = request_id
         headers.update(_SECURITY_HEADERS)
-        headers.setdefault("Cache-Control", "no-store")
+        headers.setdefault(hdrs.CACHE_CONTROL, "no-store")
         if self.allowed_origins:
             headers["Vary"] = f"{headers['Vary']}, Origin" if "Vary" in headers else "Origin"
             if origin in self.allowed_origins:
@@ -157,12 +220,9 @@ class Edge:
         self, method: str, route: str, status: int, *, started: float, request_id: str, reason: str | None
     ) -> None:
         seconds = time.perf_counter() - started
-        timer = self._timers.get((route, status))
-        if timer is None:
-            timer = self._timers[route, status] = request_seconds.labels(route, str(status))
-        timer.observe(seconds)
-        write = log.info if status < 500 else log.warning
-        write(
+        request_seconds.observe(route, status, seconds)
+        logs.write(
+            "info" if status < 500 else "warning",
             "request_served",
             method=method,
             route=route,
@@ -173,9 +233,18 @@ class Edge:
         )
 
 
+def _cut_off(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+
+
 def _request_id(request: web.Request) -> str:
-    given = request.headers.get("X-Request-Id")
-    return given if given and _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+    given = request.headers.get(_X_REQUEST_ID)
+    return given if given and _REQUEST_ID.fullmatch(given) else _new_request_id()
+
+
+def _new_request_id() -> str:
+    """Return 16 hexadecimal digits: an id to find a request by, not a secret."""
+    return "%016x" % random.getrandbits(64)  # noqa: UP031  # twice as fast as an f-string
 
 
 def _refuse_body(request: web.Request) -> None:

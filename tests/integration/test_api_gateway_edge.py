@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, CollectorRegistry
 
 from services.api_gateway import connections, edge, openapi
 from services.api_gateway.responses import Health, ProblemDetails
@@ -144,6 +144,25 @@ async def test_requests_are_counted_by_route_and_status(gateway: Gateway) -> Non
     assert (counted(CURRENT, "200"), counted("unmatched", "404")) == (before[0] + 1, before[1] + 2)
     assert REGISTRY.get_sample_value("gateway_requests_in_flight") == 0
     assert (REGISTRY.get_sample_value("gateway_database_connections", {"state": "idle"}) or 0) >= 1
+
+
+def test_seconds_are_counted_in_the_buckets_that_hold_them() -> None:
+    registry = CollectorRegistry()
+    seconds = edge.RequestSeconds()
+    registry.register(seconds)
+    for took in (0.0005, 0.001, 0.0011, 0.3, 60):
+        seconds.observe("/a", 200, took)
+    seconds.observe("/a", 503, 2)
+
+    def sample(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"gateway_request_seconds_{name}", {"route": "/a", **labels})
+
+    bounds = ("0.001", "0.0025", "0.25", "0.5", "10.0", "+Inf")
+    assert [sample("bucket", status="200", le=bound) for bound in bounds] == [2, 3, 3, 4, 4, 5]
+    assert sample("count", status="200") == 5
+    assert sample("sum", status="200") == pytest.approx(60.3026)
+    assert sample("bucket", status="503", le="1.0") == 0
+    assert sample("bucket", status="503", le="2.5") == 1
 
 
 # ---- CORS ----------------------------------------------------------------------------------------
