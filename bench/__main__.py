@@ -15,7 +15,7 @@ from bench.plot import drawn
 from bench.progress import say
 from bench.server import Databases
 from bench.sizes import SIZES, Size
-from local.servers import nats_server, postgres
+from local.servers import ServerFailed, nats_server, postgres
 from local.settings import ROOT
 from shared import logs
 from shared.clock import utc_now
@@ -43,6 +43,14 @@ async def measure(server: Databases, size: Size, nats_url: str, parts: list[str]
 
 def main() -> int:
     arguments = _arguments()
+    try:
+        return run(arguments)
+    except ServerFailed as error:  # another run has the data, or there is no room
+        sys.stderr.write(f"bench: {error}\n")
+        return 2
+
+
+def run(arguments: argparse.Namespace) -> int:
     size = SIZES[arguments.size]
     parts = arguments.only or list(PARTS)
     logs.configure("bench", "ERROR")
@@ -103,7 +111,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick", dest="size", action="store_const", const="quick", help="a smaller size, goals not judged"
     )
-    parser.add_argument("--size", choices=SIZES, default="full", help="how much data; full judges the goals")
+    parser.add_argument("--size", choices=SIZES, help="how much data; full judges the goals")
     parser.add_argument(
         "--folder", type=Path, default=ROOT / ".foliotick" / "bench", help="where the data is kept"
     )
@@ -111,6 +119,7 @@ def _arguments() -> argparse.Namespace:
         "--results", type=Path, default=ROOT / "bench" / "results", help="where figures and plot are saved"
     )
     parser.add_argument("--publish", action="store_true", help="put table and plot into docs/")
+    parser.set_defaults(size="full")
     return parser.parse_args()
 
 

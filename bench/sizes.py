@@ -29,7 +29,13 @@ class Size:
 
 
 # What a durable server of 4 to 8 GB has; fsync, synchronous_commit and full_page_writes are said, for whoever doubts.
-_DURABLE = {"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on", "random_page_cost": "1.1"}
+_DURABLE = {
+    "fsync": "on",
+    "synchronous_commit": "on",
+    "full_page_writes": "on",
+    "random_page_cost": "1.1",
+    "jit": "off",  # the services switch it off for themselves: no way is to pay for it
+}
 _LARGE = _DURABLE | {
     "shared_buffers": "2GB",
     "effective_cache_size": "6GB",
@@ -68,7 +74,7 @@ QUICK = Size(
     chart_days=90,
     years=(0.1, 1.0),
     sampled_users=10,
-    storage_users=200,
+    storage_users=100,
     storage_slots=144,
     requests=2_000,
     uncached_requests=300,
@@ -84,10 +90,10 @@ MINI = Size(
     looped_users=10,
     chart_users=3,
     chart_days=3,
-    years=(0.02, 0.1),
+    years=(0.02, 0.04),
     sampled_users=2,
-    storage_users=20,
-    storage_slots=24,
+    storage_users=100,
+    storage_slots=12,
     requests=128,
     uncached_requests=64,
     server_settings=_DURABLE,

@@ -1,0 +1,45 @@
+"""A figure's goals, with numbers worked by hand."""
+
+import pytest
+
+from bench.figures import Figure, table
+
+
+@pytest.mark.parametrize(
+    ("goal", "reached"),
+    [
+        ({"at_most": 2.0}, True),
+        ({"at_most": 1.9}, False),
+        ({"times_min": 10}, True),  # 20 / 2
+        ({"times_min": 10.1}, False),
+        ({"share_min": 0.75}, True),  # 1.5 / 2
+        ({"share_min": 0.76}, False),
+        ({"limit_times_max": 1.34}, True),  # 2 / 1.5 = 1.333…
+        ({"limit_times_max": 1.33}, False),
+        ({"below_min": 0.9}, True),  # 2 is 90 % below 20
+        ({"below_min": 0.91}, False),
+        ({"at_most": 2.0, "times_min": 11}, False),
+        ({}, None),
+    ],
+)
+def test_goal_is_reached_on_its_bound_and_missed_beyond_it(
+    goal: dict[str, float], reached: bool | None
+) -> None:
+    assert Figure("x", "ms", 2.0, seed_like=20.0, limit=1.5, **goal).reached is reached
+
+
+def test_goal_without_what_it_compares_with_is_missed() -> None:
+    assert Figure("x", "ms", 2.0, times_min=1).reached is False
+    assert Figure("x", "ms", 2.0, share_min=0.1).reached is False
+
+
+def test_table_shows_ways_ratios_and_verdict() -> None:
+    figures = [
+        Figure("snapshot", "s", 0.25, seed_like=80.0, limit=0.2, times_min=100, share_min=0.9),
+        Figure("memory", "MB", 1234.0),
+    ]
+    assert table(figures).splitlines() == [
+        "what      unit   ours  seed    x  limit  share  goal",
+        "snapshot  s      0.25    80  320    0.2   0.80  ≥ 100x, ≥ 0.9 of limit  MISSED",
+        "memory    MB    1,234",
+    ]
