@@ -36,6 +36,18 @@ _CHALLENGE_HEADER = {
     "required": True,
     "schema": {"type": "string"},
 }
+_ENTITY_TAG_HEADER = {
+    "description": "Strong, and another one for the compressed form. Sent back in If-None-Match it gives 304 while "
+    "nothing has changed.",
+    "required": True,
+    "schema": {"type": "string"},
+}
+_CACHE_CONTROL_HEADER = {
+    "description": "`private, no-cache`: may be stored, and is asked for again with its ETag. `immutable` for a year "
+    "when the range was over 24 hours ago.",
+    "required": True,
+    "schema": {"type": "string"},
+}
 _ALLOW_HEADER = {"description": "The methods allowed.", "required": True, "schema": {"type": "string"}}
 _EVERYWHERE = (
     problems.METHOD_NOT_ALLOWED,
@@ -99,7 +111,7 @@ def _current() -> dict[str, Any]:
         "operationId": "getCurrentPortfolio",
         "summary": "The portfolio's value now",
         "description": "Every position at its last known price. A position without a price is listed under "
-        "`unpriced` and left out of the sums.",
+        "`unpriced` and left out of the sums. Compressed with gzip for clients that accept it, from 14.6 KB on.",
         "responses": _responses(
             CurrentPortfolio, "The portfolio at the last known prices.", (*_WITH_TOKEN, *_BUSY)
         ),
@@ -107,13 +119,24 @@ def _current() -> dict[str, Any]:
 
 
 def _performance() -> dict[str, Any]:
+    responses = _responses(
+        Performance,
+        "The series.",
+        (problems.UNKNOWN_TIMEFRAME, problems.INVALID_UNTIL, *_WITH_TOKEN, *_BUSY),
+    )
+    headers = {"ETag": _ENTITY_TAG_HEADER, "Cache-Control": _CACHE_CONTROL_HEADER}
+    responses["200"]["headers"] |= headers
+    not_modified = {
+        "description": "The client has this answer: If-None-Match names its ETag.",
+        "headers": {"X-Request-Id": _REQUEST_ID_HEADER, **headers},
+    }
     return {
         "operationId": "getPortfolioPerformance",
         "summary": "The portfolio's value over time",
         "description": "One point for each bucket that has a snapshot: the last one inside it. Buckets are 5 minutes "
         "(1D, at most 288 points), 30 minutes (1W, 336), 1 hour (1M, 720), 3 hours (3M, 720) or market dates "
         "(YTD, ALL). Without a snapshot in the window `data_available` is false, and what would need a first "
-        "point is null.",
+        "point is null. Compressed with gzip for clients that accept it, from 1 KB on.",
         "parameters": [
             {
                 "name": "timeframe",
@@ -126,11 +149,20 @@ def _performance() -> dict[str, Any]:
                     "default": str(Timeframe.ONE_DAY),
                 },
                 "example": str(Timeframe.ONE_DAY),
-            }
+            },
+            {
+                "name": "until",
+                "in": "query",
+                "required": False,
+                "description": "An instant of the past, from 1970 on: the range of that length which is over by then, "
+                "in whole buckets (whole market dates for YTD and ALL; YTD is the year of the last of them). It "
+                "has no live value. RFC 3339 with `Z` or an offset, whose + is written %2B in a URL. "
+                "May be given once.",
+                "schema": {"type": "string", "format": "date-time"},
+                "example": "2024-01-01T10:00:00Z",
+            },
         ],
-        "responses": _responses(
-            Performance, "The series.", (problems.UNKNOWN_TIMEFRAME, *_WITH_TOKEN, *_BUSY)
-        ),
+        "responses": {"200": responses.pop("200"), "304": not_modified, **responses},
     }
 
 
@@ -212,6 +244,11 @@ def _problem_example(kind: Kind) -> dict[str, Any]:
     if kind is problems.UNKNOWN_TIMEFRAME:
         allowed = [str(timeframe) for timeframe in Timeframe]
         example |= {"detail": f"timeframe must be one of {', '.join(allowed)}.", "allowed": allowed}
+    if kind is problems.INVALID_UNTIL:
+        example |= {
+            "detail": "until is in the future.",
+            "allowed": ["an RFC 3339 instant from 1970-01-01T00:00:00Z until now, like 2026-03-02T14:30:00Z"],
+        }
     return example
 
 

@@ -46,6 +46,13 @@ def _only_when_present(schema: dict[str, Any]) -> None:
     schema.update({"type": "boolean", "const": True})
 
 
+def _text_when_present(schema: dict[str, Any]) -> None:
+    """A field that is a text or absent, never null."""
+    (text,) = (choice for choice in schema.pop("anyOf") if choice != {"type": "null"})
+    del schema["default"]
+    schema.update(text | {"description": schema["description"]})
+
+
 class Answer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -156,7 +163,7 @@ class DataPoint(Answer):
 
 
 class Performance(Answer):
-    """The portfolio's total value over the timeframe."""
+    """The portfolio's total value over the timeframe, until now or until an instant of the past."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -179,9 +186,18 @@ class Performance(Answer):
     )
 
     timeframe: Timeframe
+    until: BucketStart | None = Field(
+        default=None,
+        description="Present when the range is over: its end, which no point has reached. It is the `until` that was "
+        "asked for, or the end of the last bucket before it.",
+        json_schema_extra=_text_when_present,
+    )
     data_points: list[DataPoint] = Field(description="Oldest first.")
     start_value: Dollars | None = Field(description="The first point's value; null without a point.")
-    current_value: Dollars
+    current_value: Dollars | None = Field(
+        description="The live value, which is the `total_value` of the current portfolio, never null. When the range "
+        "is over, the last point's value; null without a point."
+    )
     profit_loss: Dollars | None = Field(description="`current_value` - `start_value`; null without a point.")
     profit_loss_percent: Percent | None = Field(
         description="Of `start_value`, 0 when that is 0; null without a point."

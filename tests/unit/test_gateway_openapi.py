@@ -52,14 +52,42 @@ def test_the_specifications_example_is_shown() -> None:
     assert (position["current_value"], position["unrealized_gain_loss_percent"]) == (17500.00, 16.67)
 
 
-@pytest.mark.parametrize("path", ["/api/portfolio/current", "/api/portfolio/performance"])
-def test_every_status_is_documented(path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "good"), [("/api/portfolio/current", ["200"]), ("/api/portfolio/performance", ["200", "304"])]
+)
+def test_every_status_is_documented(path: str, good: list[str]) -> None:
     responses = DOCUMENT["paths"][path]["get"]["responses"]
-    assert list(responses) == ["200", "400", "401", "403", "404", "405", "413", "417", "500", "503"]
-    assert all("application/problem+json" in responses[status]["content"] for status in list(responses)[1:])
+    bad = ["400", "401", "403", "404", "405", "413", "417", "500", "503"]
+    assert list(responses) == good + bad
+    assert all("application/problem+json" in responses[status]["content"] for status in bad)
+
+
+def test_chart_that_is_known_has_its_tag_and_no_content() -> None:
+    responses = DOCUMENT["paths"]["/api/portfolio/performance"]["get"]["responses"]
+    assert "content" not in responses["304"]
+    assert {"ETag", "Cache-Control"} <= set(responses["200"]["headers"]) & set(responses["304"]["headers"])
+
+
+def test_range_that_is_over_fits_the_schema_with_its_end_and_without_a_value() -> None:
+    answer: dict[str, Any] = {
+        "timeframe": "1D",
+        "until": "2024-01-01T10:00:00Z",
+        "data_points": [],
+        "start_value": None,
+        "current_value": None,
+        "profit_loss": None,
+        "profit_loss_percent": None,
+        "data_available": False,
+        "simulated": False,
+    }
+    schema = {"components": DOCUMENT["components"], "$ref": "#/components/schemas/Performance"}
+    validator = jsonschema.Draft202012Validator(schema)
+    validator.validate(answer)
+    assert not validator.is_valid(answer | {"until": None})
 
 
 def test_timeframes_are_listed() -> None:
-    (parameter,) = DOCUMENT["paths"]["/api/portfolio/performance"]["get"]["parameters"]
+    parameter, until = DOCUMENT["paths"]["/api/portfolio/performance"]["get"]["parameters"]
+    assert (until["name"], until["schema"]["format"]) == ("until", "date-time")
     assert parameter["schema"]["enum"] == ["1D", "1W", "1M", "3M", "YTD", "ALL"]
     assert parameter["schema"]["default"] == "1D"
