@@ -15,7 +15,7 @@ from bench.figures import Figure, Measured, middle
 from bench.progress import progress, say
 from bench.seed_like.performance_service import data_points
 from bench.seed_like.sessions import engine, sessions
-from bench.server import Databases, connected, migrations_text
+from bench.server import Databases, connected
 from bench.sizes import Size
 from services.api_gateway import performance, queries
 from services.api_gateway.performance import MarketDays, Timeframe
@@ -37,7 +37,9 @@ Read = Callable[[int, Timeframe], Awaitable[int]]
 async def measure(server: Databases, size: Size) -> Measured:
     parameters = f"{size.chart_users} {size.chart_days} {size.years} {HISTORY_END}"
     ours_url = await server.kept(
-        "history", f"history 1 {parameters} {migrations_text()}", lambda url: history_of_ours(url, size)
+        "history",
+        f"history 1 {parameters} {await server.history_schema()}",
+        lambda url: history_of_ours(url, size),
     )
     seed_url = await server.kept(
         "seed_history", f"seed-like history 1 {parameters}", lambda url: history_of_seed(url, size)

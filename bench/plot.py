@@ -16,6 +16,7 @@ _OURS, _SEED, _LIMIT = "#0b6e4f", "#c0392b", "#7f8c8d"
 _PARTS = ("snapshots", "charts", "storage")
 _STORAGE_USERS = (1_000, 100_000)
 _GB = 1e9
+_SLOT_SECONDS = 300
 
 
 def drawn(parts: Mapping[str, Mapping[str, Series]], size: Size, file: Path) -> bool:
@@ -40,14 +41,14 @@ def _snapshots(panel: Axes, series: Mapping[str, Series], size: Size) -> None:
     _line(panel, series["seed"], _SEED, "the seed's way", dashed_from=size.looped_users)
     _line(panel, series["limit"], _LIMIT, "limit: ready rows", below=True)
     _line(panel, series["ours"], _OURS, "ours")
-    panel.axhline(300, color="#b0b0b0", linewidth=1, linestyle=":")
-    panel.annotate(
-        "5 minutes: the next slot",
-        (panel.get_xlim()[0], 300),
-        (4, 4),
-        textcoords="offset points",
-        color="#808080",
-        fontsize=8,
+    panel.axhline(_SLOT_SECONDS, color="#b0b0b0", linewidth=1, linestyle=":")
+    panel.text(
+        0.02,
+        _SLOT_SECONDS * 1.15,
+        "the next slot is due",
+        transform=panel.get_yaxis_transform(),
+        color="#707070",
+        fontsize=8.5,
     )
     _log(panel, "users, 10 positions each", _seconds)
 
@@ -91,13 +92,14 @@ def _line(
         marker="o" if marks else "",
         markersize=4.5,
     )
-    middle = len(points) // 2
+    # Left above a point of a rising line, or right below it; a line that becomes flat has room where it does.
+    named = len(points) // 3 if below and not marks else len(points) // 2
     panel.annotate(
         label + (" (scaled)" if estimated else ""),
-        points[middle],
-        (0, -14 if below else 8),
+        points[named],
+        (7, -13) if below else (-7, 6),
         textcoords="offset points",
-        ha="center" if 0 < middle < len(points) - 1 else "right",
+        ha="left" if below else "right",
         color=colour,
         fontsize=9,
     )

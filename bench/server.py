@@ -19,6 +19,22 @@ from local.settings import ROOT
 
 STATEMENT_SECONDS_MAX = 1800.0
 
+_HISTORY_SCHEMA = """
+SELECT string_agg(
+    concat_ws(' ', relname, relkind, reloptions, pg_get_partkeydef(oid),
+        (
+            SELECT string_agg(attname || ' ' || format_type(atttypid, atttypmod), ', ' ORDER BY attnum)
+            FROM pg_attribute
+            WHERE attrelid = pg_class.oid AND attnum > 0
+        ),
+        (SELECT string_agg(pg_get_indexdef(indexrelid), '; ' ORDER BY 1) FROM pg_index WHERE indrelid = pg_class.oid)
+    ),
+    E'\\n' ORDER BY relname
+)
+FROM pg_class
+WHERE relkind IN ('r', 'p') AND NOT relispartition AND relname LIKE 'portfolio\\_%'
+"""
+
 Builder = Callable[[str], Awaitable[None]]
 
 
@@ -49,6 +65,13 @@ class Databases:
             await self._execute(f"ALTER DATABASE {unfinished} RENAME TO {name}")
             await self._execute("CHECKPOINT")
         return self._url(name)
+
+    async def history_schema(self) -> str:
+        """Describe the history's tables as the migrations make them: nothing else of the schema changes its data."""
+        url = await self.kept("migrated", migrations_text(), migrate)
+        async with connected(url) as connection:
+            description: str = await connection.fetchval(_HISTORY_SCHEMA)
+        return description
 
     @asynccontextmanager
     async def copy(self, of: str) -> AsyncIterator[str]:

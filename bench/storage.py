@@ -20,7 +20,7 @@ from shared import database as databases
 CHECKPOINTS = 5
 SLOTS_PER_DAY = 288
 _DAYS_PER_YEAR = 365.25
-_YEARS = tuple(10 ** (exponent / 10) for exponent in range(-20, 11))
+_YEARS = tuple(10 ** (exponent / 10) for exponent in range(-15, 11))
 _ROWS_PER_SLOT = {"30m": 1 / 6, "1h": 1 / 12, "3h": 1 / 36, "1d": 1 / 288}
 _TABLES = ("portfolio_snapshots", "position_snapshots")
 
