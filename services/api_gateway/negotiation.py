@@ -21,7 +21,7 @@ _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 _ENTITY_TAG = re.compile(r'(?:W/)?("[!#-~\x80-\U0010ffff]*")')
 _GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"  # deflate, no name, no time, no system
 _RAW_DEFLATE = -zlib.MAX_WBITS
-_DIGEST_BYTES = 16
+_DIGEST_LENGTH = 32
 
 
 class Gzip(NamedTuple):
@@ -82,7 +82,7 @@ class Stem:
 
     def __init__(self, body: bytes) -> None:
         self.body = body
-        self._hash = hashlib.blake2b(body, digest_size=_DIGEST_BYTES)
+        self._hash = hashlib.sha256(body)  # with the processor's help four times as fast as blake2
         self._checksum = 0
         self._deflated: bytes | None = None
 
@@ -90,7 +90,7 @@ class Stem:
         """Return the digest of the whole."""
         whole = self._hash.copy()
         whole.update(rest)
-        return whole.hexdigest()
+        return whole.hexdigest()[:_DIGEST_LENGTH]
 
     def gzipped(self, rest: bytes) -> bytes:
         """Return the whole, compressed."""
