@@ -1,6 +1,6 @@
 # Commands of the project; `make` alone lists them. Everything runs from a virtual environment of its own.
 .DEFAULT_GOAL := help
-.PHONY: help run token smoke admin test check format bench env up down verify lock openapi clean
+.PHONY: help run token smoke admin load-demo test check format bench env up down verify lock openapi clean
 
 # Compiled modules are kept, else every start would compile pandas anew.
 export PYTHONDONTWRITEBYTECODE =
@@ -29,6 +29,9 @@ smoke: $(LOCAL) ## URL=… TOKEN=…: ask a running system what may be wrong wit
 
 admin: $(LOCAL) ## ARGS="create-user carol --cash 5000": users, cash, positions and tokens of `make run`
 	@exec $(BIN)/python -m local admin $(or $(ARGS),--help)
+
+load-demo: $(LOCAL) ## USERS=100 DAYS=90: fill `make run` with users and their history; USERS=0 deletes them
+	@exec $(BIN)/python -m local load-demo $(if $(USERS),--users '$(USERS)') $(if $(DAYS),--days '$(DAYS)')
 
 test: $(DEVELOPMENT) ## all tests on real servers; BACKEND=external|containers|local, ARGS=… for pytest
 	@exec $(BIN)/python -m pytest $(if $(filter external,$(BACKEND)),,-n 2 --dist loadgroup) \

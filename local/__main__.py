@@ -1,4 +1,4 @@
-"""`python -m local run | token SUBJECT | smoke | admin …`: the commands behind the Makefile."""
+"""`python -m local run | token SUBJECT | smoke | admin … | load-demo`: the commands behind the Makefile."""
 
 import argparse
 import asyncio
@@ -6,13 +6,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from local import smoke
+from local import load, smoke
 from local.readiness import StartFailed
 from local.servers import kept_secret
 from local.settings import LocalSettings, read_dotenv, service_environment
 from local.system import Running, run, running_system, token
-from local.terminal import foreground, say
+from local.terminal import foreground, progress, say
+from services.snapshotter.settings import Settings as SnapshotterSettings
 from shared import logs, settings
+from shared.clock import utc_now
 from shared.settings import SettingsError
 
 SCREEN = """
@@ -42,12 +44,19 @@ def main() -> int:
     except SettingsError as error:
         return _failed(str(error), code=2)
     logs.configure("local", "ERROR")
-    if arguments.command == "token":
-        return _print_token(loaded, arguments.subject)
-    if arguments.command == "smoke":
-        return _smoke(loaded, arguments)
-    if arguments.command == "admin":
-        return _administer(loaded, arguments.arguments)
+    match arguments.command:
+        case "token":
+            return _print_token(loaded, arguments.subject)
+        case "smoke":
+            return _smoke(loaded, arguments)
+        case "admin":
+            return _administer(loaded, arguments.arguments)
+        case "load-demo":
+            return _load(loaded, arguments.users, arguments.days)
+    return _run(loaded)
+
+
+def _run(loaded: LocalSettings) -> int:
     say("starting Foliotick")
     try:
         with foreground():
@@ -106,6 +115,43 @@ def _administer(loaded: LocalSettings, arguments: Sequence[str]) -> int:
     return subprocess.run(command, env=service_environment(own), check=False).returncode
 
 
+def _load(loaded: LocalSettings, users: int, days: int) -> int:
+    """Fill the local system with users and their history; no users: delete those that were made so."""
+    running = running_system(loaded.folder)
+    if running is None:
+        return _failed("no local system is running: `make run` starts it")
+    if not users:
+        say(f"deleted {asyncio.run(load.unload(running.database_url, progress))} users")
+        return 0
+    policy = SnapshotterSettings.model_validate({"database_url": running.database_url}).upkeep
+    try:
+        stored = asyncio.run(
+            load.load(
+                running.database_url,
+                policy,
+                utc_now(),
+                users=users,
+                days=days,
+                disk=loaded.folder,
+                progress=progress,
+            )
+        )
+    except load.LoadRefused as error:
+        return _failed(str(error))
+    last = f"{load.SUBJECT_PREFIX}{users:06}"
+    say(
+        f"{users:,} users have {stored:,} snapshots of {days:,} days; `make token USER={last}` prints a token"
+    )
+    return 0
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= load.COUNT_MAX:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {load.COUNT_MAX:,}")
+    return value
+
+
 def _failed(problem: str, *, code: int = 1) -> int:
     sys.stderr.write(f"foliotick: {problem}\n")
     return code
@@ -122,6 +168,11 @@ def _arguments() -> argparse.Namespace:
     asking.add_argument("--token", help="a bearer token of a user of that system")
     administering = commands.add_parser("admin", help="run a command of services.admin on the local system")
     administering.add_argument("arguments", nargs=argparse.REMAINDER)
+    loading = commands.add_parser("load-demo", help="fill the local system with users and their history")
+    loading.add_argument(
+        "--users", type=_count, default=100, help="how many (100); 0 deletes those made before"
+    )
+    loading.add_argument("--days", type=_count, default=90, help="of history (90)")
     return parser.parse_args()
 
 

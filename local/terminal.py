@@ -30,6 +30,18 @@ def step(name: str) -> Iterator[None]:
     say(f"{chr(13) if live else ''}  {name:<40} {time.monotonic() - began:5.1f} s")
 
 
+def progress(what: str, part: float) -> None:
+    """Show how much is done, from 0 to 1: in place on a terminal, else only that it has been."""
+    live = sys.stdout.isatty()
+    if live or part >= 1:
+        with suppress(OSError, ValueError):
+            print(
+                f"{chr(13) if live else ''}  {what:<40} {min(part, 1):5.0%}",
+                end="" if live and part < 1 else "\n",
+                flush=True,
+            )
+
+
 @contextmanager
 def foreground() -> Iterator[None]:
     """Take Ctrl-C away from `make`, which would end with an error where we end well.
