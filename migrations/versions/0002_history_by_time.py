@@ -34,6 +34,7 @@ def _rollup(name: str, partitioned: str) -> str:
 
 STATEMENTS = (
     "DROP VIEW portfolio_valuations, priced_positions",
+    "ALTER TABLE portfolio_snapshots DROP CONSTRAINT portfolio_snapshots_user_id_fkey",
     # Ids of users stand in every row of the history: four bytes instead of eight.
     "ALTER TABLE users ALTER COLUMN id TYPE INTEGER",
     "ALTER TABLE positions ALTER COLUMN user_id TYPE INTEGER",
@@ -90,6 +91,7 @@ STATEMENTS = (
     )
     """,
     "COMMENT ON COLUMN history_tiers.complete_until IS 'a rollup holds every bucket that starts before'",
+    # Of details: until when their indexes are whole.
     "COMMENT ON COLUMN history_tiers.users_done IS 'of the unit of work at complete_until, users up to this id'",
     "COMMENT ON COLUMN history_tiers.kept_from IS 'what is older has been dropped'",
     # Snapshots are written once and dropped with their partition: a vacuum that freezes them is for nothing.
@@ -157,9 +159,27 @@ STATEMENTS = (
     END
     $$
     """,
+    # The name says where a partition begins. A table that somebody else attached has another name: it is left alone.
+    """
+    CREATE FUNCTION history_partitions(of_tier TEXT)
+    RETURNS TABLE (name TEXT, starts_at TIMESTAMPTZ, ends_at TIMESTAMPTZ) LANGUAGE sql STABLE AS $$
+        SELECT
+            relname::text,
+            day::timestamp AT TIME ZONE 'UTC',
+            (day + ('1 ' || partition_unit)::interval) AT TIME ZONE 'UTC'
+        FROM history_tiers
+        JOIN pg_inherits ON inhparent = to_regclass(table_name)
+        JOIN pg_class ON pg_class.oid = inhrelid
+        CROSS JOIN LATERAL to_date(substring(relname FROM '_(\\d{8})$'), 'YYYYMMDD') AS day
+        WHERE tier = of_tier AND day IS NOT NULL
+    $$
+    """,
     # Whoever writes snapshots of the past says so, and the rollups of that time are made again from what is kept.
+    # He holds all tiers until his commit: no step of theirs is under way then that has not seen what he wrote, nor
+    # one whose progress he does not see.
     """
     CREATE FUNCTION reopen_history(since TIMESTAMPTZ) RETURNS VOID LANGUAGE sql AS $$
+        SELECT FROM history_tiers ORDER BY tier FOR UPDATE;
         UPDATE history_tiers
         SET complete_until = greatest(
                 date_trunc('day', since, 'UTC') - interval '1 day',
@@ -224,14 +244,12 @@ STATEMENTS = (
     """,
     # ---- what there was before ---------------------------------------------------------------------
     """
-    SELECT make_history_partitions(min(timestamp), max(timestamp), '{raw}')
-    FROM old_portfolio_snapshots
-    HAVING count(*) > 0
+    SELECT make_history_partitions(day, day, '{raw}')
+    FROM (SELECT DISTINCT date_trunc('day', timestamp, 'UTC') AS day FROM old_portfolio_snapshots) AS days
     """,
     """
-    SELECT make_history_partitions(min(timestamp), max(timestamp), '{details}')
-    FROM old_position_snapshots
-    HAVING count(*) > 0
+    SELECT make_history_partitions(day, day, '{details}')
+    FROM (SELECT DISTINCT date_trunc('day', timestamp, 'UTC') AS day FROM old_position_snapshots) AS days
     """,
     "SELECT make_history_partitions(now(), now() + interval '7 days')",
     """

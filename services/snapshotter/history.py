@@ -12,9 +12,11 @@ from shared.database import Connection, Database
 ROLL_UP_USERS = 1_000
 """Users of one step, so that no transaction is long: about half a second."""
 STEP_TIMEOUT_SECONDS = 30.0
-LOCK_TIMEOUT = "5s"
-DROP_LOCK_TIMEOUT = "40ms"
-"""A drop needs two locks, and readers queue behind it while it waits for them: together less than 100 ms."""
+LOCK_TIMEOUT = "500ms"
+"""Less than `deadlock_timeout`: who deletes several users at once wins against a step that holds some of them."""
+DROP_LOCK_TIMEOUT, DROP_TIMEOUT = "40ms", "80ms"
+"""Readers queue behind a drop while it waits for a lock, of which it needs several: in all less than 100 ms."""
+INDEX_TIMEOUT_SECONDS = 120.0
 CLOCK_STEP_BACK_MAX, CLOCK_STEP_AHEAD_MAX = timedelta(hours=1), timedelta(days=7)
 
 
@@ -50,29 +52,33 @@ class Step:
     """Set when the day is done for all users."""
 
 
-# A unit of work is a day, of UTC or of the market, for it holds whole buckets of every width.
+# The row is held by a statement of its own, so that the next one sees what was committed until then.
+_HOLD_TIER = "SELECT TRUE FROM history_tiers WHERE tier = $1 FOR UPDATE SKIP LOCKED"
+
+# A unit of work is a day, of UTC or of the market, for it holds whole buckets of every width. Time without a
+# partition of snapshots holds none, be it a month of being off or years that a clock leapt: it is passed over.
 _UNIT = """
-WITH progress AS (
+SELECT
+    starts_at,
+    ends_at,
+    CASE WHEN starts_at = complete_until THEN users_done ELSE 0 END AS users_done,
+    (SELECT NULLIF(complete_until, '-infinity') FROM history_tiers WHERE tier = $3) AS source_until
+FROM (
     SELECT
+        complete_until,
         users_done,
-        COALESCE(NULLIF(complete_until, '-infinity'), (
-            SELECT min(first.timestamp)
-            FROM users
-            CROSS JOIN LATERAL (
-                SELECT timestamp FROM portfolio_snapshots WHERE user_id = users.id ORDER BY timestamp LIMIT 1
-            ) AS first
+        greatest(complete_until, (
+            SELECT min(starts_at) FROM history_partitions('raw') WHERE ends_at > complete_until
         )) AT TIME ZONE $2 AS local
     FROM history_tiers
     WHERE tier = $1
-    FOR UPDATE SKIP LOCKED
-)
-SELECT
-    users_done,
-    local::date::timestamp AT TIME ZONE $2 AS starts_at,
-    (local::date + 1)::timestamp AT TIME ZONE $2 AS ends_at,
-    (SELECT NULLIF(complete_until, '-infinity') FROM history_tiers WHERE tier = $3) AS source_until
-FROM progress
-WHERE local IS NOT NULL
+) AS progress
+CROSS JOIN LATERAL (
+    SELECT
+        local::date::timestamp AT TIME ZONE $2 AS starts_at,
+        (local::date + 1)::timestamp AT TIME ZONE $2 AS ends_at
+) AS unit
+WHERE local > '-infinity'
 """
 
 # For each user and bucket one probe of the source's key. The users are held, so that none is deleted meanwhile.
@@ -106,6 +112,7 @@ rolled AS (
         cash_balance = EXCLUDED.cash_balance,
         investment_value = EXCLUDED.investment_value
     WHERE {table}.timestamp < EXCLUDED.timestamp
+        OR {table}.timestamp = EXCLUDED.timestamp AND {table} IS DISTINCT FROM EXCLUDED
     RETURNING 1
 )
 SELECT count(*) AS users, max(id) AS last_user, (SELECT count(*) FROM rolled) AS rows
@@ -119,11 +126,18 @@ _MARKET_DATE = "SELECT $3::timestamptz AS starts_at, $4::timestamptz AS ends_at"
 
 
 async def roll_up(
-    database: Database, rollup: Rollup, due_until: datetime, market_timezone: str
+    database: Database,
+    rollup: Rollup,
+    due_until: datetime,
+    market_timezone: str,
+    *,
+    users_max: int = ROLL_UP_USERS,
 ) -> Step | None:
     """Roll up the next users of the next day that ends until `due_until`; None when there is nothing to do."""
     async with database.transaction() as connection:
-        await _bound(connection, LOCK_TIMEOUT)
+        await _bound(connection, lock_timeout=LOCK_TIMEOUT)
+        if not await connection.fetchval(_HOLD_TIER, rollup.tier):  # another replica is at it
+            return None
         unit = await connection.fetchrow(
             _UNIT,
             rollup.tier,
@@ -131,7 +145,7 @@ async def roll_up(
             rollup.source,
             timeout=STEP_TIMEOUT_SECONDS,
         )
-        if unit is None:  # no snapshots yet, or another replica is at it
+        if unit is None:  # not even room for snapshots yet
             return None
         source_lags = rollup.source != "raw" and (
             unit["source_until"] is None or unit["source_until"] < unit["ends_at"]
@@ -146,14 +160,14 @@ async def roll_up(
         rolled = await connection.fetchrow(
             _roll_up_statement(rollup),
             unit["users_done"],
-            ROLL_UP_USERS,
+            users_max,
             unit["starts_at"],
             unit["ends_at"],
             *([rollup.width] if rollup.width else []),
             timeout=STEP_TIMEOUT_SECONDS,
         )
         assert rolled is not None
-        done = rolled["users"] < ROLL_UP_USERS
+        done = rolled["users"] < users_max
         await connection.execute(
             "UPDATE history_tiers SET complete_until = $2, users_done = $3 WHERE tier = $1",
             rollup.tier,
@@ -216,72 +230,83 @@ async def database_clock(database: Database) -> datetime:
     return at
 
 
+# Positions go before their snapshots, and snapshots when every rollup has them.
+_EXPIRED = """
+SELECT name, ends_at
+FROM history_partitions($1) AS part
+WHERE ends_at <= $2
+    AND ($1 = 'details' OR ends_at <= (
+        SELECT min(complete_until) FROM history_tiers WHERE tier NOT IN ('raw', 'details', $1)
+    ))
+    AND ($1 <> 'raw' OR NOT EXISTS (
+        SELECT FROM history_partitions('details') AS details WHERE details.starts_at < part.ends_at
+    ))
+ORDER BY name
+"""
+
+
 async def expired_partitions(database: Database, tier: str, keep_from: datetime) -> list[str]:
-    """Return the partitions, oldest first, that end until `keep_from` and whose snapshots every rollup has."""
-    rows = await database.fetch(
-        """
-        SELECT part.relname AS name
-        FROM history_tiers AS tiers
-        JOIN pg_class AS parent ON parent.oid = to_regclass(tiers.table_name)
-        JOIN pg_inherits ON inhparent = parent.oid
-        JOIN pg_class AS part ON part.oid = inhrelid
-        CROSS JOIN LATERAL (
-            SELECT (to_timestamp(right(part.relname, 8), 'YYYYMMDD') AT TIME ZONE 'UTC'
-                + ('1 ' || partition_unit)::interval) AT TIME ZONE 'UTC' AS ends_at
-        ) AS bound
-        WHERE tier = $1
-            AND ends_at <= $2
-            AND (
-                tier = 'details'
-                OR ends_at <= (
-                    SELECT min(complete_until) FROM history_tiers WHERE tier NOT IN ('raw', 'details', $1)
-                )
-            )
-        ORDER BY part.relname
-        """,
-        tier,
-        keep_from,
-    )
-    return [row["name"] for row in rows]
+    """Return the partitions, oldest first, that end until `keep_from` and that nothing else is made from any more."""
+    return [row["name"] for row in await database.fetch(_EXPIRED, tier, keep_from)]
 
 
-async def drop_partition(database: Database, tier: str, name: str) -> None:
-    """Drop one partition; raises DatabaseUnavailable when readers are in the way for longer than they may wait."""
-    async with database.transaction() as connection:
-        await _bound(connection, DROP_LOCK_TIMEOUT)
-        await connection.execute(f'DROP TABLE IF EXISTS "{name}"', timeout=STEP_TIMEOUT_SECONDS)
-        await connection.execute(
-            """
-            UPDATE history_tiers
-            SET kept_from = GREATEST(
-                kept_from,
-                (to_timestamp(right($2, 8), 'YYYYMMDD') AT TIME ZONE 'UTC'
-                    + ('1 ' || partition_unit)::interval) AT TIME ZONE 'UTC'
-            )
-            WHERE tier = $1
-            """,
-            tier,
-            name,
-        )
+async def drop_partition(database: Database, tier: str, name: str, keep_from: datetime) -> bool:
+    """Drop a partition that is expired; tell whether it still was when its turn came.
 
-
-async def index_details(database: Database, since: datetime) -> None:
-    """Bring the block ranges that have been filled into the indexes of positions, of the days from `since` on.
-
-    Vacuum would do it, but nothing else needs a vacuum of these tables.
+    Raises DatabaseUnavailable when readers or writers are in the way for longer than others may wait for this.
     """
-    await database.fetch(
+    async with database.transaction() as connection:
+        await _bound(connection, lock_timeout=DROP_LOCK_TIMEOUT)
+        # Whoever reopens history waits for this row, or this for him.
+        await connection.fetchval("SELECT TRUE FROM history_tiers WHERE tier = $1 FOR UPDATE", tier)
+        expired = {row["name"]: row["ends_at"] for row in await connection.fetch(_EXPIRED, tier, keep_from)}
+        if name not in expired:
+            return False
+        await connection.execute(
+            "UPDATE history_tiers SET kept_from = greatest(kept_from, $2) WHERE tier = $1",
+            tier,
+            expired[name],
+        )
+        await _bound(connection, lock_timeout=DROP_LOCK_TIMEOUT, statement_timeout=DROP_TIMEOUT)
+        await connection.execute(f'DROP TABLE "{name}"', timeout=STEP_TIMEOUT_SECONDS)
+        return True
+
+
+async def index_details(database: Database, now: datetime) -> None:
+    """Bring the block ranges that have been filled until `now` into the indexes of positions.
+
+    Vacuum would do it, but nothing else needs a vacuum of these tables. A partition is left alone once it was done
+    a day after its end, unless history is reopened.
+    """
+    names = await database.fetch(
         """
-        SELECT brin_summarize_new_values(inhrelid)
-        FROM pg_inherits
-        JOIN pg_class ON pg_class.oid = inhrelid
-        WHERE inhparent = 'position_snapshots_timestamp_user_id_idx'::regclass
-            AND substring(relname FROM '_(\\d{8})_') >= to_char($1::timestamptz, 'YYYYMMDD')
+        SELECT name
+        FROM history_partitions('details')
+        WHERE ends_at > (SELECT complete_until FROM history_tiers WHERE tier = 'details')
+            AND starts_at <= $1
+        ORDER BY name
         """,
-        since,
-        timeout=STEP_TIMEOUT_SECONDS,
+        now,
+    )
+    for row in names:
+        await database.fetch(
+            """
+            SELECT brin_summarize_new_values(indexrelid)
+            FROM pg_index
+            JOIN pg_class ON pg_class.oid = indexrelid
+            JOIN pg_am ON pg_am.oid = relam
+            WHERE indrelid = to_regclass($1) AND amname = 'brin'
+            """,
+            row["name"],
+            timeout=INDEX_TIMEOUT_SECONDS,
+        )
+    await database.fetch(
+        "UPDATE history_tiers SET complete_until = $1 WHERE tier = 'details' AND complete_until < $1",
+        now - timedelta(days=1),
     )
 
 
-async def _bound(connection: Connection, lock_timeout: str) -> None:
+async def _bound(connection: Connection, *, lock_timeout: str, statement_timeout: str | None = None) -> None:
     await connection.execute("SELECT set_config('lock_timeout', $1, TRUE)", lock_timeout)
+    if statement_timeout:
+        await connection.execute("SELECT set_config('statement_timeout', $1, TRUE)", statement_timeout)

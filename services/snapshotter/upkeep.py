@@ -109,7 +109,7 @@ async def keep(database: Database, upkeep: Upkeep, now: datetime, stop: asyncio.
     """
     made = await queries.make_partitions(database, now, now + AHEAD)
     partitions_made.inc(made)
-    await history.index_details(database, now - timedelta(days=1))
+    await history.index_details(database, now)
     rolled_up = await _roll_up(database, upkeep, now, stop)
     dropped, held = await _drop_expired(database, upkeep, now, stop)
     return Done(made, rolled_up, dropped, held)
@@ -138,22 +138,27 @@ async def _drop_expired(
     is_steady = now - await history.steady_since(database, now) >= STEADY_FOR
     dropped, held = 0, False
     for tier, kept_for in upkeep.kept_for.items():
-        expired = await history.expired_partitions(database, tier, now - kept_for)
+        keep_from = now - kept_for
+        expired = await history.expired_partitions(database, tier, keep_from)
         held |= bool(expired) and not is_steady
-        while expired and is_steady and not stop.is_set() and await _drop(database, tier, expired[0], stop):
-            del expired[0]
+        left = len(expired)
+        for name in expired if is_steady else ():
+            if stop.is_set() or not await _drop(database, tier, name, keep_from, stop):
+                break
+            left -= 1
             dropped += 1
             partitions_dropped.labels(tier).inc()
-        partitions_expired.labels(tier).set(len(expired))
+        partitions_expired.labels(tier).set(left)
     return dropped, held
 
 
-async def _drop(database: Database, tier: str, name: str, stop: asyncio.Event) -> bool:
+async def _drop(database: Database, tier: str, name: str, keep_from: datetime, stop: asyncio.Event) -> bool:
     """Drop the partition in a moment without readers; tell whether there was one."""
     reason = ""
     for _ in range(DROP_ATTEMPTS_MAX):
         try:
-            await history.drop_partition(database, tier, name)
+            if not await history.drop_partition(database, tier, name, keep_from):
+                return False  # another replica was faster, or history was reopened
         except DatabaseUnavailable as error:
             reason = str(error)
         else:
