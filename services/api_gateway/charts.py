@@ -5,6 +5,7 @@ whole answer changes with every price too, and with what no message tells: posit
 """
 
 import asyncio
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -15,11 +16,11 @@ from zoneinfo import ZoneInfo
 from prometheus_client import Counter, Gauge
 from pydantic import ValidationError
 
-from services.api_gateway import performance, problems, queries
+from services.api_gateway import performance, problems, queries, replica
 from services.api_gateway.negotiation import Representation, Stem
 from services.api_gateway.performance import Buckets, MarketDays, Timeframe
+from services.api_gateway.queries import Source
 from shared import logs
-from shared.database import Database
 from shared.messages import ALL_PRICES, SNAPSHOTS_TAKEN, SnapshotsTaken
 
 SUBJECTS = (ALL_PRICES, SNAPSHOTS_TAKEN)
@@ -80,6 +81,8 @@ class News:
         """Grows with all that may change a live answer."""
         self.announcements = 0
         """Grows with all that may change points."""
+        self.announced_at = time.monotonic()
+        """When it last grew: what a source shows that lacks nothing from before is as good as what was announced."""
         self.are_complete = False
         """Every message is heard. Else only age tells whether something is still true."""
         self._forgotten_at = 0  # the announcement before which nothing is known
@@ -119,15 +122,19 @@ class News:
         ):
             self._forget()
             return
-        self.announcements += 1
+        self._announce()
         self._announced.setdefault(taken.shards, {})[taken.shard] = self.announcements
 
     def _forget(self) -> None:
         """Take everything for changed."""
         self.changes += 1
-        self.announcements += 1
+        self._announce()
         self._forgotten_at = self.announcements
         self._announced.clear()
+
+    def _announce(self) -> None:
+        self.announcements += 1
+        self.announced_at = time.monotonic()
 
 
 @dataclass(slots=True)
@@ -138,6 +145,8 @@ class _Points:
     window: Buckets | MarketDays
     read_at: datetime
     announcement: int
+    is_settled: bool
+    """They were read so long after the last announcement that a copy of the database had what it announced."""
     stem: Stem
     first_value: Decimal | None
     last_value: Decimal | None
@@ -193,17 +202,22 @@ class Charts:
 
     def __init__(
         self,
-        database: Database,
+        database: Source,
         market_timezone: ZoneInfo,
         news: News,
         *,
         bytes_max: int,
         reading_seconds_max: float,
+        copy_lag_seconds_max: float = 0.0,
     ) -> None:
+        """Keep charts in `bytes_max` bytes. `copy_lag_seconds_max` is how far behind a copy may be that is read: a
+        snapshot is announced by who wrote it elsewhere."""
         self._database = database
         self._market_timezone = market_timezone
         self._news = news
         self._reading_seconds_max = reading_seconds_max
+        self._copy_lag_seconds_max = copy_lag_seconds_max
+        self._announcement_seen, self._announcement_seen_at = news.announcements, -float("inf")
         self._readings: dict[Asked, _Reading] = {}
         self._closed = _Shelf(bytes_max // CLOSED_SHARE)
         self._live = _Shelf(bytes_max - bytes_max // CLOSED_SHARE)
@@ -296,7 +310,8 @@ class Charts:
         return answer
 
     def _are_true(self, points: _Points, user_id: int, window: Buckets | MarketDays, now: datetime) -> bool:
-        seconds_max = POINTS_SECONDS_MAX if self._news.are_complete else ANSWER_SECONDS_MAX
+        are_known = self._news.are_complete and points.is_settled
+        seconds_max = POINTS_SECONDS_MAX if are_known else ANSWER_SECONDS_MAX
         return (
             points.user_id == user_id
             and points.window == window
@@ -307,19 +322,31 @@ class Charts:
     async def _read_points(
         self, asked: Asked, user_id: int, window: Buckets | MarketDays, now: datetime
     ) -> _Points:
-        announcement = self._news.announcements
-        series = await _series(self._database, user_id, window, self._market_timezone)
+        announcement, instant = self._news.announcements, asyncio.get_running_loop().time()
+        if announcement != self._announcement_seen:
+            self._announcement_seen, self._announcement_seen_at = announcement, instant
+        is_settled = instant - self._announcement_seen_at >= self._copy_lag_seconds_max
+        source = replica.showing(self._database, self._moment_to_show(asked, now))
+        series = await _series(source, user_id, window, self._market_timezone)
         beginning = performance.answer_beginning(asked.timeframe, series.points, until=asked.until)
         return _Points(
             user_id,
             window,
             now,
             announcement,
+            is_settled,
             Stem(beginning.encode()),
             series.first_value,
             performance.last_value(series.points),
             series.simulated,
         )
+
+    def _moment_to_show(self, asked: Asked, now: datetime) -> float:
+        """Return the instant, in monotonic seconds, of which all that is committed must be in the points."""
+        if asked.until is None:
+            return self._news.announced_at
+        settled_seconds = (now - asked.until - IMMUTABLE_AGE).total_seconds()  # since they change no more
+        return max(self._news.announced_at, time.monotonic() - max(settled_seconds, 0))
 
     def _finished(
         self, asked: Asked, points: _Points, live: queries.LiveValue, now: datetime
@@ -339,10 +366,10 @@ class Charts:
 
 
 async def _series(
-    database: Database, user_id: int, window: Buckets | MarketDays, market_timezone: ZoneInfo
+    source: Source, user_id: int, window: Buckets | MarketDays, market_timezone: ZoneInfo
 ) -> queries.Series:
     match window:
         case MarketDays(first, last):
-            return await queries.daily_series(database, user_id, first, last, market_timezone.key)
+            return await queries.daily_series(source, user_id, first, last, market_timezone.key)
         case Buckets(first, last, width):
-            return await queries.series(database, user_id, first, last, width)
+            return await queries.series(source, user_id, first, last, width)
