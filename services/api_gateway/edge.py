@@ -8,7 +8,7 @@ import random
 import re
 import time
 from bisect import bisect_left
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -118,7 +118,7 @@ class Edge:
             response, reason = await self._answer(request, request_id)
         finally:
             self._in_flight -= 1
-        self._finish(response, request_id, request.headers.get(hdrs.ORIGIN))
+        self._finish(response, request_id, request.headers)
         path = request.path
         self._record(
             request.method,
@@ -140,7 +140,7 @@ class Edge:
         )
         response = Problem(problems.MALFORMED_REQUEST, detail).response(request_id)
         response.force_close()
-        self._finish(response, request_id, None)
+        self._finish(response, request_id, {})
         if not isinstance(error, HttpProcessingError):
             log.error("connection_failed", request_id=request_id, exc_info=error)
         self._record(
@@ -155,13 +155,16 @@ class Edge:
 
     async def _answer(self, request: web.Request, request_id: str) -> tuple[web.StreamResponse, str | None]:
         """Return the response, and for the access line the reason of a failure."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._deadlines.start(task)
         try:
             self._refuse_overload()
             if self._is_preflight(request):
                 return web.Response(status=204, headers=_PREFLIGHT_HEADERS), None
             if request.body_exists:
                 _refuse_body(request)
-            return await self._in_time(request), None
+            return await self.handler(request), None
         except Problem as error:
             problem, reason = error, _reason(error.__cause__)
         except web.HTTPException as error:
@@ -169,29 +172,20 @@ class Edge:
         except (DatabaseUnavailable, SchemaMissing) as error:
             problem = Problem(problems.DATABASE_UNAVAILABLE, "Portfolios cannot be read now. Try again soon.")
             reason = _reason(error)
-        except TimeoutError:
+        except (TimeoutError, asyncio.CancelledError) as error:
+            # Only the deadline's own cancellation has an answer; the server's, at its end, goes on.
+            is_ours = not self._deadlines.end(task)
+            if isinstance(error, asyncio.CancelledError) and (not is_ours or task.uncancel() > 0):
+                raise
             detail = f"There was no answer within {self.timeout_seconds:g} s. Try again soon."
             problem, reason = Problem(problems.DEADLINE_EXCEEDED, detail), "deadline"
         except Exception as error:
             log.error("request_failed", request_id=request_id, exc_info=error)
             detail = "The request_id of this answer finds the error in the log."
             problem, reason = Problem(problems.INTERNAL_ERROR, detail), _reason(error)
-        return problem.response(request_id), reason
-
-    async def _in_time(self, request: web.Request) -> web.StreamResponse:
-        """Handle the request; raises TimeoutError at the deadline, as `asyncio.timeout` would."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._deadlines.start(task)
-        try:
-            return await self.handler(request)
-        except asyncio.CancelledError as error:
-            # Only the deadline's own cancellation is a timeout; the server's, at its end, goes on.
-            if not self._deadlines.end(task) and task.uncancel() == 0:
-                raise TimeoutError from error
-            raise
         finally:
             self._deadlines.end(task)
+        return problem.response(request_id), reason
 
     def _refuse_overload(self) -> None:
         if self._in_flight > IN_FLIGHT_MAX:
@@ -204,15 +198,15 @@ class Edge:
             and request.headers.get("Origin") in self.allowed_origins
         )
 
-    def _finish(self, response: web.StreamResponse, request_id: str, origin: str | None) -> None:
+    def _finish(self, response: web.StreamResponse, request_id: str, asked: Mapping[str, str]) -> None:
         headers = response.headers
         headers[_X_REQUEST_ID] = request_id
         headers.update(_SECURITY_HEADERS)
         headers.setdefault(hdrs.CACHE_CONTROL, "no-store")
         if self.allowed_origins:
             headers["Vary"] = f"{headers['Vary']}, Origin" if "Vary" in headers else "Origin"
-            if origin in self.allowed_origins:
-                assert origin is not None
+            origin = asked.get(hdrs.ORIGIN)
+            if origin is not None and origin in self.allowed_origins:
                 headers["Access-Control-Allow-Origin"] = origin
                 headers["Access-Control-Expose-Headers"] = _CORS_EXPOSED
 
@@ -221,16 +215,16 @@ class Edge:
     ) -> None:
         seconds = time.perf_counter() - started
         request_seconds.observe(route, status, seconds)
-        logs.write(
-            "info" if status < 500 else "warning",
-            "request_served",
-            method=method,
-            route=route,
-            status=status,
-            duration_ms=round(seconds * 1000, 2),
-            request_id=request_id,
-            **({"reason": reason} if reason else {}),
-        )
+        line: dict[str, str | float] = {
+            "method": method,
+            "route": route,
+            "status": status,
+            "duration_ms": round(seconds * 1000, 2),
+            "request_id": request_id,
+        }
+        if reason:
+            line["reason"] = reason
+        logs.write("info" if status < 500 else "warning", "request_served", line)
 
 
 def _cut_off(task: asyncio.Task[Any]) -> None:

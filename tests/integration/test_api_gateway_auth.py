@@ -17,6 +17,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from services.api_gateway import keys
+from services.api_gateway.auth import Verifier
+from services.api_gateway.problems import Problem
 from shared.database import Database
 from tests.factories import create_user
 from tests.gateway import SECRET, Answer, Gateway, running, token
@@ -159,6 +161,30 @@ async def test_remembered_token_expires_to_the_second(gateway: Gateway) -> None:
         return answer.status == 401 and answer.problem().type == "urn:foliotick:problem:token-expired"
 
     await eventually(is_expired, timeout=4)
+
+
+async def test_good_token_is_verified_once_and_a_bad_or_very_long_one_each_time() -> None:
+    class Counted(keys.SharedSecret):
+        asked = 0
+
+        async def key(self, key_id: str | None) -> bytes:
+            self.asked += 1
+            return await super().key(key_id)
+
+    counted = Counted(SECRET)
+    verifier = Verifier(counted, issuer=None, audience=None)
+    for credentials in (f"Bearer {token()}", f"Bearer {token('alice')}"):
+        assert await verifier.subject([credentials]) == await verifier.subject([credentials])
+    assert counted.asked == 2
+    forged = f"Bearer {token(secret='y' * 32)}"
+    for _ in range(2):
+        with pytest.raises(Problem):
+            await verifier.subject([forged])
+    assert counted.asked == 4
+    long = f"Bearer {token(claim='x' * 2048)}"
+    for _ in range(2):
+        assert await verifier.subject([long]) == "demo"
+    assert counted.asked == 6
 
 
 async def test_refusal_repeats_nothing_of_the_token(gateway: Gateway) -> None:

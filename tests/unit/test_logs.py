@@ -30,7 +30,7 @@ def test_direct_line_is_the_pipelines_line(level: str) -> None:
     direct, piped = written(
         f"""
 logs.configure("api_gateway", "INFO")
-logs.write("{level}", "request_served", **{data})
+logs.write("{level}", "request_served", {data})
 logs.get_logger().{level}("request_served", **{data})
 """
     )
@@ -44,7 +44,7 @@ def test_text_outside_ascii_is_escaped_in_either_line() -> None:
     direct, piped = written(
         """
 logs.configure("api_gateway", "INFO")
-logs.write("info", "request_served", reason="é\\n\u2028")
+logs.write("info", "request_served", dict(reason="é\\n\u2028"))
 logs.get_logger().info("request_served", reason="é\\n\u2028")
 """
     )
@@ -56,7 +56,7 @@ def test_text_that_is_no_unicode_is_written_all_the_same() -> None:
     (line,) = written(
         """
 logs.configure("api_gateway", "INFO")
-logs.write("info", "request_served", reason="\\udc80")
+logs.write("info", "request_served", dict(reason="\\udc80"))
 """
     )
     assert json.loads(line)["reason"] == "\udc80"
@@ -66,8 +66,8 @@ def test_level_holds_for_direct_lines() -> None:
     (line,) = written(
         """
 logs.configure("api_gateway", "WARNING")
-logs.write("info", "request_served")
-logs.write("warning", "request_served")
+logs.write("info", "request_served", {})
+logs.write("warning", "request_served", {})
 """
     )
     assert json.loads(line)["level"] == "warning"
@@ -79,8 +79,8 @@ def test_order_of_lines_is_that_of_the_calls() -> None:
 logs.configure("api_gateway", "INFO")
 async def main():
     for number in range(0, 30, 3):
-        logs.write("info", "direct", number=number)
-        logs.write("info", "direct", number=number + 1)
+        logs.write("info", "direct", dict(number=number))
+        logs.write("info", "direct", dict(number=number + 1))
         logs.get_logger().info("piped", number=number + 2)
         if number % 2:
             await asyncio.sleep(0)
@@ -106,7 +106,7 @@ real, sys.stdout = sys.stdout, Counting()
 logs.configure("api_gateway", "INFO")
 async def main():
     for number in range(100):
-        logs.write("info", "direct", number=number)
+        logs.write("info", "direct", dict(number=number))
     assert Counting.writes == 0
     await asyncio.sleep(0)
     assert Counting.writes == 1, Counting.writes
@@ -121,7 +121,7 @@ def test_no_line_is_lost_when_the_process_ends_within_the_turn() -> None:
         """
 logs.configure("api_gateway", "INFO")
 async def main():
-    logs.write("info", "last")
+    logs.write("info", "last", {})
     sys.exit()
 asyncio.new_event_loop().run_until_complete(main())
 """
@@ -138,7 +138,7 @@ async def main():
     print("ready", file=sys.stderr, flush=True)
     sys.stdin.read()
     for _ in range(100):
-        logs.write("info", "direct", text="x" * 10_000)
+        logs.write("info", "direct", dict(text="x" * 10_000))
         await asyncio.sleep(0)
     print("alive", file=sys.stderr, flush=True)
 asyncio.run(main())
