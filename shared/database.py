@@ -2,9 +2,9 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
@@ -22,6 +22,8 @@ IDLE_SECONDS_MAX = 300.0
 """A connection that nobody has used for so long is ended."""
 
 Connection = PoolConnectionProxy
+NewConnection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+"""One that the pool does not lend yet."""
 T = TypeVar("T")
 log = logs.get_logger()
 
@@ -282,11 +284,13 @@ async def connect(
     statement_timeout_seconds: float = 30.0,
     server_settings: Mapping[str, str] | None = None,
     reads_only: bool = False,
+    admit: Callable[[NewConnection], Coroutine[Any, Any, None]] | None = None,
 ) -> AsyncIterator[Database]:
     """Open a pool that connects when it is first used, so that a service can start before its database.
 
     `statement_timeout_seconds` is the server's own bound, for statements whose client has gone. With `reads_only`
     the server refuses to write, and a connection goes to the next statement without the reset that costs a round trip.
+    `admit` sees every new connection first; what it raises ends the connection, and the statement that wanted it.
     """
     pool = asyncpg.create_pool(
         url,
@@ -308,6 +312,7 @@ async def connect(
             **(server_settings or {}),
         },
         reset=_leave_as_it_is if reads_only else None,
+        init=admit,
     )
     async with pool:
         database = Database(pool, connections_max, keeps_connections=reads_only)

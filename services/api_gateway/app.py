@@ -12,6 +12,7 @@ from services.api_gateway import connections, openapi, portfolio
 from services.api_gateway.auth import Verifier
 from services.api_gateway.charts import Charts, News
 from services.api_gateway.edge import Edge
+from services.api_gateway.replica import Reads
 from services.api_gateway.settings import Settings
 from shared import health
 from shared.database import Database
@@ -20,7 +21,11 @@ connections_open = Gauge("gateway_database_connections", "Connections to Postgre
 
 
 def application(
-    settings: Settings, database: Database, verifier: Verifier, checks: Mapping[str, health.Check], news: News
+    settings: Settings,
+    database: Database | Reads,
+    verifier: Verifier,
+    checks: Mapping[str, health.Check],
+    news: News,
 ) -> web.Application:
     """Return the application with its routes and resources."""
     charts = Charts(
@@ -48,7 +53,11 @@ def application(
 
 @asynccontextmanager
 async def serving(
-    settings: Settings, database: Database, verifier: Verifier, checks: Mapping[str, health.Check], news: News
+    settings: Settings,
+    database: Database | Reads,
+    verifier: Verifier,
+    checks: Mapping[str, health.Check],
+    news: News,
 ) -> AsyncIterator[int]:
     """Serve the API while the block runs, and yield its port."""
     connections_open.labels("in_use").set_function(

@@ -10,11 +10,11 @@ from services.api_gateway.auth import Verifier
 from services.api_gateway.charts import Charts
 from services.api_gateway.performance import Timeframe
 from services.api_gateway.problems import INVALID_UNTIL, UNEXPECTED_PARAMETER, UNKNOWN_TIMEFRAME, Problem
+from services.api_gateway.queries import Source
 from shared.clock import utc_now
-from shared.database import Database
 from shared.freshness import PRICE_FRESH_FOR
 
-DATABASE = web.AppKey("DATABASE", Database)
+DATABASE: web.AppKey[Source] = web.AppKey("DATABASE")
 VERIFIER = web.AppKey("VERIFIER", Verifier)
 CHARTS = web.AppKey("CHARTS", Charts)
 

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from decimal import Decimal
+from typing import Protocol, TypeAlias
 
 import asyncpg
 
-from shared.database import Database
+from shared.database import Database, DatabaseUnavailable, NewConnection
 
 # Planning costs more than running these statements, and no plan of theirs depends on a parameter's value.
 SERVER_SETTINGS = {"plan_cache_mode": "force_generic_plan"}
@@ -206,6 +207,43 @@ DAILY_SERIES = _SERIES.format(
 """,
 )
 
+# Where a server is in the log of its cluster. Positions of two timelines cannot be compared: after a failover the new
+# primary and a replica of the old one have gone different ways. A timeline is in the names of the primary's log files;
+# a replica has been on the one that it receives, and on those that its control file names.
+PRIMARY_POSITION = """
+SELECT
+    (SELECT system_identifier FROM pg_control_system()) AS cluster,
+    ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::integer AS timeline,
+    (pg_current_wal_lsn() - '0/0')::bigint AS written
+"""
+
+REPLICA_POSITION = """
+SELECT
+    pg_is_in_recovery() AS is_replica,
+    (SELECT system_identifier FROM pg_control_system()) AS cluster,
+    greatest(
+        (SELECT timeline_id FROM pg_control_checkpoint()),
+        (SELECT min_recovery_end_timeline FROM pg_control_recovery()),
+        (SELECT received_tli FROM pg_stat_wal_receiver)
+    ) AS timeline,
+    COALESCE((pg_last_wal_replay_lsn() - '0/0')::bigint, 0) AS replayed,
+    (SELECT max(version_num) FROM alembic_version) AS schema_revision
+"""
+
+REPLAYED = """
+SELECT COALESCE((pg_last_wal_replay_lsn() - '0/0')::bigint, 0)
+WHERE pg_is_in_recovery()
+"""
+
+
+Row: TypeAlias = asyncpg.Record
+
+
+class Source(Protocol):
+    """What the gateway reads from."""
+
+    async def fetch_row(self, statement: str, *args: object) -> Row | None: ...
+
 
 @dataclass(frozen=True)
 class CurrentPortfolio:
@@ -223,6 +261,25 @@ class LiveValue:
 
 
 @dataclass(frozen=True)
+class PrimaryPosition:
+    cluster: int
+    timeline: int
+    written: int
+    """Bytes of the log; what others can see of a transaction is in them."""
+
+
+@dataclass(frozen=True)
+class ReplicaPosition:
+    is_replica: bool
+    """False of a server that has been promoted."""
+    cluster: int
+    timeline: int
+    replayed: int
+    """Bytes of the log that its readers see."""
+    schema_revision: str | None
+
+
+@dataclass(frozen=True)
 class Series:
     points: str
     """The points as JSON objects with commas between, oldest first."""
@@ -231,34 +288,55 @@ class Series:
 
 
 async def current_portfolio(
-    database: Database, subject: str, now: datetime, fresh_since: datetime
+    source: Source, subject: str, now: datetime, fresh_since: datetime
 ) -> CurrentPortfolio | None:
     """Return the portfolio valued at the last known prices; None when nobody has this subject."""
-    row = await database.fetch_row(CURRENT, subject, now, fresh_since)
+    row = await source.fetch_row(CURRENT, subject, now, fresh_since)
     return CurrentPortfolio(**row) if row else None
 
 
-async def live_value(database: Database, subject: str) -> LiveValue | None:
+async def live_value(source: Source, subject: str) -> LiveValue | None:
     """Return the total of `current_portfolio` alone; None when nobody has this subject."""
-    row = await database.fetch_row(LIVE_VALUE, subject)
+    row = await source.fetch_row(LIVE_VALUE, subject)
     return LiveValue(**row) if row else None
 
 
-async def series(
-    database: Database, user_id: int, first: datetime, last: datetime, width: timedelta
-) -> Series:
+async def series(source: Source, user_id: int, first: datetime, last: datetime, width: timedelta) -> Series:
     """Return the last snapshot of each bucket; buckets start at `first`, every `width`, until `last`.
 
     The width is one that SERIES has. Of times whose snapshots have been dropped there are coarser points.
     """
-    return _series(await database.fetch_row(SERIES[width], user_id, first, last, width))
+    return _series(await source.fetch_row(SERIES[width], user_id, first, last, width))
 
 
-async def daily_series(
-    database: Database, user_id: int, first: date | None, last: date, timezone: str
-) -> Series:
+async def daily_series(source: Source, user_id: int, first: date | None, last: date, timezone: str) -> Series:
     """Return the last snapshot of each market date; without `first`, from the user's first snapshot."""
-    return _series(await database.fetch_row(DAILY_SERIES, user_id, first, last, timezone))
+    return _series(await source.fetch_row(DAILY_SERIES, user_id, first, last, timezone))
+
+
+async def primary_position(database: Database) -> PrimaryPosition:
+    """Return where the primary is; raises DatabaseUnavailable also when it is none."""
+    return PrimaryPosition(**await _position(database, PRIMARY_POSITION))
+
+
+async def replica_position(database: Database) -> ReplicaPosition:
+    """Return where the replica is."""
+    return ReplicaPosition(**await _position(database, REPLICA_POSITION))
+
+
+async def replayed(connection: NewConnection) -> int | None:
+    """Return what the server at the other end has replayed; None when it is no replica."""
+    position: int | None = await connection.fetchval(REPLAYED)
+    return position
+
+
+async def _position(database: Database, statement: str) -> asyncpg.Record:
+    try:
+        row = await database.fetch_row(statement)
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise DatabaseUnavailable(str(error)) from error
+    assert row is not None
+    return row
 
 
 def _series(row: asyncpg.Record | None) -> Series:

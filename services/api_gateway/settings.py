@@ -4,10 +4,10 @@ from typing import Annotated
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
-from shared.settings import JwtSecret, Port, ServiceSettings
+from shared.settings import DatabaseUrl, JwtSecret, Port, ServiceSettings
 
 
 def _http_url(value: str) -> str:
@@ -35,6 +35,13 @@ def _origins(values: tuple[str, ...]) -> tuple[str, ...]:
                 "origins with commas between, each like https://app.example.com, without a path or `*`"
             )
     return values
+
+
+def _single_server(url: SecretStr) -> SecretStr:
+    parts = urlsplit(url.get_secret_value())
+    if "," in parts.netloc or "host=" in parts.query:
+        raise ValueError("the URL of one server: how far it is behind is measured, not that of another")
+    return url
 
 
 def _known_timezone(name: str) -> str:
@@ -78,6 +85,16 @@ class Settings(ServiceSettings):
         default=10, ge=1, le=200, description="The most connections that one gateway opens to PostgreSQL."
     )
 
+    database_read_url: Annotated[DatabaseUrl, AfterValidator(_single_server)] | None = Field(
+        default=None,
+        description="A streaming replica of DATABASE_URL's server to read from, one server, no balancer; unset: none.",
+    )
+    read_replica_lag_seconds_max: float = Field(
+        default=5.0,
+        ge=1,
+        le=60,
+        description="Seconds that the replica may be behind; while it is further behind, reads come from the primary.",
+    )
     gateway_chart_cache_megabytes: int = Field(
         default=64, ge=0, le=4096, description="Memory for finished charts; with 0 none is kept."
     )
