@@ -145,8 +145,6 @@ class _Points:
     window: Buckets | MarketDays
     read_at: datetime
     announcement: int
-    is_settled: bool
-    """They were read so long after the last announcement that a copy of the database had what it announced."""
     stem: Stem
     first_value: Decimal | None
     last_value: Decimal | None
@@ -208,16 +206,11 @@ class Charts:
         *,
         bytes_max: int,
         reading_seconds_max: float,
-        copy_lag_seconds_max: float = 0.0,
     ) -> None:
-        """Keep charts in `bytes_max` bytes. `copy_lag_seconds_max` is how far behind a copy may be that is read: a
-        snapshot is announced by who wrote it elsewhere."""
         self._database = database
         self._market_timezone = market_timezone
         self._news = news
         self._reading_seconds_max = reading_seconds_max
-        self._copy_lag_seconds_max = copy_lag_seconds_max
-        self._announcement_seen, self._announcement_seen_at = news.announcements, -float("inf")
         self._readings: dict[Asked, _Reading] = {}
         self._closed = _Shelf(bytes_max // CLOSED_SHARE)
         self._live = _Shelf(bytes_max - bytes_max // CLOSED_SHARE)
@@ -310,8 +303,7 @@ class Charts:
         return answer
 
     def _are_true(self, points: _Points, user_id: int, window: Buckets | MarketDays, now: datetime) -> bool:
-        are_known = self._news.are_complete and points.is_settled
-        seconds_max = POINTS_SECONDS_MAX if are_known else ANSWER_SECONDS_MAX
+        seconds_max = POINTS_SECONDS_MAX if self._news.are_complete else ANSWER_SECONDS_MAX
         return (
             points.user_id == user_id
             and points.window == window
@@ -322,10 +314,7 @@ class Charts:
     async def _read_points(
         self, asked: Asked, user_id: int, window: Buckets | MarketDays, now: datetime
     ) -> _Points:
-        announcement, instant = self._news.announcements, asyncio.get_running_loop().time()
-        if announcement != self._announcement_seen:
-            self._announcement_seen, self._announcement_seen_at = announcement, instant
-        is_settled = instant - self._announcement_seen_at >= self._copy_lag_seconds_max
+        announcement = self._news.announcements
         source = replica.showing(self._database, self._moment_to_show(asked, now))
         series = await _series(source, user_id, window, self._market_timezone)
         beginning = performance.answer_beginning(asked.timeframe, series.points, until=asked.until)
@@ -334,7 +323,6 @@ class Charts:
             window,
             now,
             announcement,
-            is_settled,
             Stem(beginning.encode()),
             series.first_value,
             performance.last_value(series.points),

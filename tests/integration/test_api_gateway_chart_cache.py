@@ -85,7 +85,7 @@ async def charts(watched: Watched, news: News) -> AsyncIterator[Charts]:
 
 
 def new_charts(
-    database: Database, news: News, *, bytes_max: int = MEGABYTE, seconds_max: float = 5, lag_max: float = 0
+    database: Database, news: News, *, bytes_max: int = MEGABYTE, seconds_max: float = 5
 ) -> Charts:
     return Charts(
         database,
@@ -93,7 +93,6 @@ def new_charts(
         news,
         bytes_max=bytes_max,
         reading_seconds_max=seconds_max,
-        copy_lag_seconds_max=lag_max,
     )
 
 
@@ -295,20 +294,6 @@ async def test_points_are_kept_for_a_minute_while_the_bus_is_heard_and_for_a_sec
         assert watched.taken() == ["live", "points"]
     await text(charts, NOW + seconds(62.9))
     assert watched.taken() == []
-
-
-@pytest.mark.parametrize(("lag_max", "asked"), [(0.0, ["live"]), (60.0, ["live", "points"])])
-async def test_points_read_soon_after_an_announcement_may_miss_it_in_a_copy_that_lags(
-    database: Database, watched: Watched, news: News, *, lag_max: float, asked: list[str]
-) -> None:
-    await create_user(database)
-    charts = new_charts(watched, news, lag_max=lag_max)
-    hear_snapshots(news)
-    await text(charts)
-    watched.taken()
-    await text(charts, NOW + seconds(1))
-    assert watched.taken() == asked
-    await charts.close()
 
 
 async def test_everything_kept_is_dropped_when_the_bus_is_heard_again(
