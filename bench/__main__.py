@@ -27,18 +27,30 @@ PARTS: dict[str, Callable[[Databases, Size, str], Awaitable[Measured]]] = {
     "rollups": lambda server, size, _: rollups.measure(server, size),
     "gateway": gateway.measure,
 }
+_SHARE_SECONDS = 0.5
+_QUIET_SHARE = 0.9
 
 
 async def measure(server: Databases, size: Size, nats_url: str, parts: list[str]) -> dict[str, Measured]:
     """Measure the parts one after the other."""
     found = {}
     for part in parts:
-        say(f"{part} …")
+        share = core_share()
+        busy = f" (the machine is busy: a process gets {share:.0%} of a core)" if share < _QUIET_SHARE else ""
+        say(f"{part} …{busy}")
         began = time.monotonic()
         found[part] = await PARTS[part](server, size, nats_url)
         say(table(found[part].figures))
         say(f"{part}: {time.monotonic() - began:.0f} s\n")
     return found
+
+
+def core_share() -> float:
+    """Return how much of a core a process gets now: with less, milliseconds are longer, CPU time and ratios are not."""
+    began, used = time.perf_counter(), time.process_time()
+    while time.perf_counter() - began < _SHARE_SECONDS:
+        pass
+    return (time.process_time() - used) / (time.perf_counter() - began)
 
 
 def main() -> int:
@@ -84,6 +96,7 @@ def _save(folder: Path, size: Size, found: dict[str, Measured]) -> None:
     saved: dict[str, Any] = {
         "measured_at": utc_now().isoformat(timespec="seconds"),
         "size": size.name,
+        "core_share_at_end": round(core_share(), 2),
         "parts": {
             name: {"figures": [figure.as_json() for figure in part.figures], "series": part.series}
             for name, part in found.items()

@@ -2,13 +2,19 @@
 
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
+from pathlib import Path
 from random import Random
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import asyncpg
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from bench.data import HISTORY_END, MARKET_TIMEZONE, YEAR, history_of_ours, history_of_seed, lengths
 from bench.figures import Figure, Measured, middle
@@ -24,11 +30,14 @@ from shared.database import Database
 
 MANY_POINTS = 721
 MS_MAX, MANY_POINTS_MS_MAX = 3, 10
-SEED_TIMES_MIN = {Timeframe.THREE_MONTHS: 20.0}
-LONGEST_TIMES_MIN = 200
+SEED_TIMES_MIN = {
+    (Timeframe.THREE_MONTHS, False): 20.0,
+    (Timeframe.THREE_MONTHS, True): 20.0,
+    (Timeframe.ALL, True): 200.0,
+}
+"""By timeframe, and whether it is the longest history."""
+SEED_USERS_MAX = 10
 POINT_COST_TIMES_MAX = 1.5
-_SEED_ROWS_MANY = 100_000
-"""A chart that reads more rows is asked for fewer times: it takes seconds."""
 _ZONE = ZoneInfo(MARKET_TIMEZONE)
 
 Read = Callable[[int, Timeframe], Awaitable[int]]
@@ -40,85 +49,116 @@ async def measure(server: Databases, size: Size) -> Measured:
         "history",
         f"history 1 {parameters} {await server.history_schema()}",
         lambda url: history_of_ours(url, size),
+        template=await server.migrated(),
     )
     seed_url = await server.kept(
         "seed_history", f"seed-like history 1 {parameters}", lambda url: history_of_seed(url, size)
     )
-    figures: list[Figure] = []
-    series: dict[str, list[tuple[float, float]]] = {"ours": [], "seed": []}
-    seed_engine = engine(seed_url)
-    seed_sessions = sessions(seed_engine)
-
-    async def read_seed(user_id: int, timeframe: Timeframe) -> int:
-        async with seed_sessions() as session:
-            return len(await data_points(session, user_id, timeframe.value, HISTORY_END))
-
     async with (
         databases.connect(
             ours_url,
             application_name="api_gateway",
-            connections_max=2,
+            connections_max=1,
             server_settings=queries.SERVER_SETTINGS,
             reads_only=True,
         ) as database,
         connected(ours_url) as bare,
+        _seed_sessions(seed_url) as seed_sessions,
     ):
         await bare.execute("SET plan_cache_mode = force_generic_plan")
-        await bare.execute("SET jit = off")
 
         async def read_ours(user_id: int, timeframe: Timeframe) -> int:
             return await ours(database, user_id, timeframe, HISTORY_END)
 
-        users = Random(1).sample(range(1, size.chart_users + 1), size.sampled_users)  # noqa: S311
-        oldest = max(lengths(size))
-        years = size.years[-1]
-        days = f"{size.chart_users:,} users x {size.chart_days} days"
-        per_point: dict[tuple[int, Timeframe], float] = {}
-        cases = [(days, users, timeframe) for timeframe in Timeframe]
-        cases += [(f"{years:g} years", [oldest], timeframe) for timeframe in Timeframe]
-        for what, of_users, timeframe in progress("charts", cases, total=len(cases), unit="charts"):
-            is_oldest = of_users == [oldest]
-            runs = size.runs if not is_oldest else 5 * size.runs
-            our_ms, points = await _median_ms(read_ours, of_users, timeframe, runs)
-            is_slow = is_oldest and timeframe in (Timeframe.YEAR_TO_DATE, Timeframe.ALL)
-            seed_runs = size.runs if is_slow else runs
-            seed_of = of_users if is_slow else of_users[:10]
-            seed_ms, seed_points = await _median_ms(read_seed, seed_of, timeframe, seed_runs)
-            # The seed's window is cut at its start, which leaves a part of one more bucket.
-            assert seed_points - points in (0, 1), f"{timeframe}: {points} points, seed-like {seed_points}"
-            server_ms = await _server_ms(bare, database, of_users, timeframe)
-            per_point[is_oldest, timeframe] = our_ms / points
-            figures.append(
-                Figure(
-                    f"{timeframe}, {what}, {points:,} points",
-                    "ms",
-                    our_ms,
-                    seed_ms,
-                    server_ms,
-                    at_most=MS_MAX if points <= MANY_POINTS else MANY_POINTS_MS_MAX,
-                    times_min=LONGEST_TIMES_MIN
-                    if is_oldest and timeframe is Timeframe.ALL
-                    else SEED_TIMES_MIN.get(timeframe),
+        async def read_seed(user_id: int, timeframe: Timeframe, *, columns_only: bool = False) -> int:
+            async with seed_sessions() as session:
+                return len(
+                    await data_points(
+                        session, user_id, timeframe.value, HISTORY_END, columns_only=columns_only
+                    )
                 )
-            )
+
+        async with seed_sessions() as session:
+            seed_pid = await session.scalar(select(func.pg_backend_pid()))
+        assert seed_pid is not None
+        ways = _Ways(
+            ours=_Way(read_ours, await database.fetch_value("SELECT pg_backend_pid()")),
+            seed=_Way(read_seed, seed_pid),
+            seed_columns=_Way(partial(read_seed, columns_only=True), seed_pid),
+            server_ms=lambda users, timeframe: _server_ms(bare, database, users, timeframe),
+        )
+        return await _compared(ways, size)
+
+
+@asynccontextmanager
+async def _seed_sessions(url: str) -> AsyncIterator[async_sessionmaker[AsyncSession]]:
+    own = engine(url)
+    try:
+        yield sessions(own)
+    finally:
+        await own.dispose()
+
+
+# ---- comparing -----------------------------------------------------------------------------------
+
+
+async def _compared(ways: "_Ways", size: Size) -> Measured:
+    many = Random(1).sample(range(1, size.chart_users + 1), size.sampled_users)  # noqa: S311
+    lives = lengths(size)
+    oldest = max(lives, key=lambda user_id: lives[user_id])
+    years = size.years[-1]
+    cases = [
+        (f"{size.chart_users:,} users x {size.chart_days} days", many, timeframe) for timeframe in Timeframe
+    ]
+    cases += [(f"{years:g} years", [oldest], timeframe) for timeframe in Timeframe]
+    figures: list[Figure] = []
+    us_per_point = {}
+    for what, users, timeframe in progress("charts", cases, total=len(cases), unit="charts"):
+        is_oldest = users == [oldest]
+        few = is_oldest and timeframe in (
+            Timeframe.YEAR_TO_DATE,
+            Timeframe.ALL,
+        )  # seconds each, the seed's way
+        runs = 5 * size.runs if is_oldest else size.runs
+        seed_of, seed_runs = users[:SEED_USERS_MAX], size.runs if few else runs
+        ms, points = await ways.ours.median_ms(users, timeframe, runs)
+        seed_ms, seed_points = await ways.seed.median_ms(seed_of, timeframe, seed_runs)
+        # The seed's window is cut at its start, which leaves a part of one more bucket.
+        assert seed_points - points in (0, 1), f"{timeframe}: {points} points, seed-like {seed_points}"
+        us_per_point[timeframe] = ms / points * 1000
+        goal = SEED_TIMES_MIN.get((timeframe, is_oldest))
         figures.append(
             Figure(
-                f"a point of ALL at {years:g} years (limit: of 1D)",
-                "us",
-                per_point[True, Timeframe.ALL] * 1000,
-                limit=per_point[True, Timeframe.ONE_DAY] * 1000,
-                limit_times_max=POINT_COST_TIMES_MAX,
+                f"{timeframe}, {what}, {points:,} points",
+                "ms CPU",
+                ms,
+                seed_ms,
+                await ways.server_ms(users, timeframe),
+                at_most=MS_MAX if points <= MANY_POINTS else MANY_POINTS_MS_MAX,
+                times_min=goal,
             )
         )
-        say("  ALL over years of history")
-        for user_id, length in lengths(size).items():
-            if user_id <= size.chart_users:
-                continue
-            for name, read in (("ours", read_ours), ("seed", read_seed)):
-                ms, _ = await _median_ms(read, [user_id], Timeframe.ALL, size.runs)
-                series[name].append((length / YEAR, ms))
-    await seed_engine.dispose()
-    return Measured(figures, series)
+        if (timeframe, is_oldest) in ((Timeframe.THREE_MONTHS, False), (Timeframe.ALL, True)):
+            columns_ms, _ = await ways.seed_columns.median_ms(seed_of, timeframe, seed_runs)
+            figures.append(Figure("  if the seed's way read columns only", "ms CPU", ms, columns_ms))
+    figures.append(
+        Figure(
+            f"a point of ALL at {years:g} years (limit: of 1D)",
+            "us CPU",
+            us_per_point[Timeframe.ALL],
+            limit=us_per_point[Timeframe.ONE_DAY],
+            limit_times_max=POINT_COST_TIMES_MAX,
+        )
+    )
+    # The last case was ALL of the longest history.
+    series = {"ours": [(years, ms)], "seed": [(years, seed_ms)]}
+    say("  ALL over years of history")
+    for user_id, length in lives.items():
+        if size.chart_users < user_id < oldest:
+            for name, way in (("ours", ways.ours), ("seed", ways.seed)):
+                one_ms, _ = await way.median_ms([user_id], Timeframe.ALL, size.runs)
+                series[name].append((length / YEAR, one_ms))
+    return Measured(figures, {name: sorted(points_) for name, points_ in series.items()})
 
 
 async def ours(database: Database, user_id: int, timeframe: Timeframe, now: datetime) -> int:
@@ -131,17 +171,40 @@ async def ours(database: Database, user_id: int, timeframe: Timeframe, now: date
     return series.points.count('"timestamp"')
 
 
-async def _median_ms(read: Read, users: list[int], timeframe: Timeframe, runs: int) -> tuple[float, int]:
-    """Return the median milliseconds of a warm read, and the number of points."""
-    milliseconds = []
-    points = 0
-    for user_id in users:
-        points = await read(user_id, timeframe)  # warms up
-        for _ in range(runs):
-            began = time.perf_counter()
-            await read(user_id, timeframe)
-            milliseconds.append((time.perf_counter() - began) * 1000)
-    return middle(milliseconds), points
+@dataclass(frozen=True)
+class _Way:
+    """A way to read a chart, and the PostgreSQL process that serves it."""
+
+    read: Read
+    server_pid: int
+
+    async def median_ms(self, users: list[int], timeframe: Timeframe, runs: int) -> tuple[float, int]:
+        """Return the median CPU milliseconds of a warm read, in PostgreSQL and here, and the number of points.
+
+        One waits for the other and nothing waits for a disk, so that on an idle machine this is the elapsed time.
+        """
+        milliseconds = []
+        points = 0
+        for user_id in users:
+            points = await self.read(user_id, timeframe)  # warms up
+            for _ in range(runs):
+                before = self._cpu_ns()
+                await self.read(user_id, timeframe)
+                milliseconds.append((self._cpu_ns() - before) / 1e6)
+        return middle(milliseconds), points
+
+    def _cpu_ns(self) -> int:
+        served = Path(f"/proc/{self.server_pid}/schedstat").read_text().split()[0]
+        return time.process_time_ns() + int(served)
+
+
+@dataclass(frozen=True)
+class _Ways:
+    ours: _Way
+    seed: _Way
+    seed_columns: _Way
+    server_ms: Callable[[list[int], Timeframe], Awaitable[float]]
+    """The median of the server's own time for the gateway's statement."""
 
 
 class _Recorder:

@@ -13,7 +13,7 @@ import asyncpg
 from bench.progress import progress
 from bench.seed_like.models import Base
 from bench.seed_like.sessions import engine
-from bench.server import connected, migrate
+from bench.server import connected
 from bench.sizes import Size
 
 SYMBOLS = 500
@@ -122,8 +122,7 @@ _Connection = asyncpg.Connection
 
 
 async def portfolios_of_ours(url: str, users: int) -> None:
-    """Make the project's schema and fill in users, prices and positions."""
-    await migrate(url)
+    """Fill the project's schema with users, prices and positions."""
     await _insert_portfolios(url, users, _INSERT_PRICES_OF_OURS)
 
 

@@ -44,7 +44,7 @@ class Databases:
 
     server_url: str
 
-    async def kept(self, name: str, description: str, build: Builder) -> str:
+    async def kept(self, name: str, description: str, build: Builder, *, template: str = "template0") -> str:
         """Return the URL of a database that `build` fills, built only when its description has changed.
 
         The description is stored as the database's comment, and the name is given last, so that an interrupted
@@ -58,7 +58,7 @@ class Databases:
             say(f"building the database {name}")
             unfinished = f"{name}_unfinished"
             await self.drop(unfinished)
-            await self._execute(f"CREATE DATABASE {unfinished}")
+            await self._execute(f"CREATE DATABASE {unfinished} TEMPLATE {template}")
             await build(self._url(unfinished))
             await self.drop(name)
             await self._execute(f"COMMENT ON DATABASE {unfinished} IS '{digest}'")
@@ -66,10 +66,14 @@ class Databases:
             await self._execute("CHECKPOINT")
         return self._url(name)
 
+    async def migrated(self) -> str:
+        """Return the name of a kept database with the project's schema and nothing in it."""
+        await self.kept("migrated", migrations_text(), migrate)
+        return "migrated"
+
     async def history_schema(self) -> str:
         """Describe the history's tables as the migrations make them: nothing else of the schema changes its data."""
-        url = await self.kept("migrated", migrations_text(), migrate)
-        async with connected(url) as connection:
+        async with connected(self._url(await self.migrated())) as connection:
             description: str = await connection.fetchval(_HISTORY_SCHEMA)
         return description
 

@@ -96,6 +96,6 @@ MINI = Size(
     storage_slots=12,
     requests=128,
     uncached_requests=64,
-    server_settings=_DURABLE,
+    server_settings=_DURABLE | {"fsync": "off", "synchronous_commit": "off"},  # for tests, which only run it
 )
 SIZES = {size.name: size for size in (FULL, QUICK, MINI)}

@@ -168,7 +168,8 @@ async def kept_portfolios(server: Databases, users: int, *, seed_like: bool) -> 
     else:
         name = f"portfolios_{users}"
         description = f"portfolios 1 {users} {migrations_text()}"
-        await server.kept(name, description, lambda url: portfolios_of_ours(url, users))
+        template = await server.migrated()
+        await server.kept(name, description, lambda url: portfolios_of_ours(url, users), template=template)
     return name
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from local.settings import ROOT
 
-RUN_SECONDS_MAX = 120
+RUN_SECONDS_MAX = 300  # about 30 on a machine that does nothing else
 # Of each part: how many figures there are, how many beside the seed's way, how many beside a limit.
 FIGURES = {
     "snapshots": (3, 2, 3),
     "storage": (5, 5, 0),
-    "charts": (13, 12, 13),
+    "charts": (15, 14, 13),
     "rollups": (3, 0, 2),
     "gateway": (6, 6, 3),
 }
