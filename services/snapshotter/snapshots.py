@@ -42,15 +42,27 @@ last_slot = Gauge("snapshot_last_slot_timestamp_seconds", "The latest slot that 
 log = logs.get_logger()
 
 
-async def run(database: Database, bus: Bus, interval: timedelta, stop: asyncio.Event) -> None:
-    """Handle due shards as the stream delivers them, a few at a time, until `stop` is set."""
+async def run(
+    database: Database,
+    bus: Bus,
+    interval: timedelta,
+    stop: asyncio.Event,
+    *,
+    ack_wait_seconds: float = ACK_WAIT_SECONDS,
+) -> None:
+    """Handle due shards as the stream delivers them, a few at a time, until `stop` is set.
+
+    A shard whose replica is silent for `ack_wait_seconds` is given to another.
+    """
     async with asyncio.TaskGroup() as tasks:
         for _ in range(AT_ONCE_MAX):
-            tasks.create_task(_handle_each(database, bus, interval, stop))
+            tasks.create_task(_handle_each(database, bus, interval, stop, ack_wait_seconds))
 
 
-async def _handle_each(database: Database, bus: Bus, interval: timedelta, stop: asyncio.Event) -> None:
-    async for delivery in bus.consume(TIMER, durable=CONSUMER, ack_wait_seconds=ACK_WAIT_SECONDS, stop=stop):
+async def _handle_each(
+    database: Database, bus: Bus, interval: timedelta, stop: asyncio.Event, ack_wait_seconds: float
+) -> None:
+    async for delivery in bus.consume(TIMER, durable=CONSUMER, ack_wait_seconds=ack_wait_seconds, stop=stop):
         await lifecycle.finish(
             handle(database, bus, delivery, interval), stop, stop_seconds_max=STOP_SECONDS_MAX
         )

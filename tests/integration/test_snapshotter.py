@@ -1,6 +1,7 @@
 """The snapshotter on real PostgreSQL and NATS. Values are worked by hand."""
 
 import asyncio
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -10,8 +11,11 @@ from typing import cast
 import asyncpg
 import nats
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from nats.aio.client import Client
 from prometheus_client import Counter
+from structlog.testing import capture_logs
 
 from services.snapshotter import queries, snapshots, timer
 from shared.bus import Bus, Outgoing
@@ -216,6 +220,84 @@ async def test_one_user_with_ten_thousand_positions_is_one_snapshot(database: Da
     assert (taken.positions, (await stored(database))[0][2]) == (10_000, Decimal("100.00"))
 
 
+shares = st.decimals(min_value=0, max_value=10**6, places=9)
+prices = st.decimals(min_value="0.0001", max_value=10**5, places=4)
+tickers = st.sampled_from("ABCDEF")
+portfolios = st.lists(
+    st.tuples(
+        st.decimals(min_value=-(10**6), max_value=10**9, places=2),
+        st.booleans(),
+        st.dictionaries(tickers, shares, max_size=6),
+    ),
+    max_size=8,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    portfolios=portfolios,
+    priced=st.dictionaries(tickers, st.tuples(prices, st.sampled_from(("iex", "simulated")))),
+    shards=st.integers(1, 3),
+)
+async def test_snapshot_is_the_valuation_for_whatever_is_held(
+    database: Database,
+    portfolios: list[tuple[Decimal, bool, dict[str, Decimal]]],
+    priced: dict[str, tuple[Decimal, str]],
+    shards: int,
+) -> None:
+    for table in ("users", "asset_prices"):
+        await database.fetch(f"DELETE FROM {table}")  # noqa: S608
+    for number, (cash, active, held) in enumerate(portfolios):
+        positions = {ticker: (f"{count}", "1") for ticker, count in held.items()}
+        await create_user(database, f"user {number}", cash=f"{cash}", active=active, positions=positions)
+    for ticker, (price, feed) in priced.items():
+        await set_price(database, ticker, f"{price}", feed=feed)
+    taken = [await queries.take_snapshots(database, SLOT, shard, shards) for shard in range(shards)]
+    valued = await database.fetch(
+        """
+        SELECT subject, $1::timestamptz AS timestamp, total_value, cash_balance, investment_value,
+            unpriced_positions, simulated
+        FROM portfolio_valuations WHERE is_active ORDER BY subject
+        """,
+        SLOT,
+    )
+    assert await stored(database) == [tuple(row) for row in valued]
+    detailed = await database.fetch(
+        """
+        SELECT ticker, shares, cost_basis, current_value, price_per_share
+        FROM priced_positions JOIN users ON users.id = user_id
+        WHERE is_active AND current_value IS NOT NULL
+        """
+    )
+    assert sorted(await details(database)) == sorted(tuple(row) for row in detailed)
+    assert sum(part.positions for part in taken) == len(detailed)
+    assert sum(part.unpriced for part in taken) == sum(row["unpriced_positions"] for row in valued)
+
+
+async def test_memory_of_the_process_does_not_grow_with_users(database: Database) -> None:
+    async def peak_bytes(users: int, slot: datetime) -> int:
+        await database.fetch("DELETE FROM users", timeout=60)
+        await database.fetch(
+            "INSERT INTO users (subject) SELECT 'user ' || n FROM generate_series(1, $1::integer) AS n", users
+        )
+        await database.fetch(
+            "INSERT INTO positions SELECT id, 'S' || n, 1, 1 FROM users, generate_series(1, 3) AS n",
+            timeout=60,
+        )
+        tracemalloc.start()
+        taken = await queries.take_snapshots(database, slot, 0, 1)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert (taken.portfolios, taken.positions) == (users, 3 * users)
+        return peak
+
+    for n in (1, 2, 3):
+        await set_price(database, f"S{n}", "1")
+    await peak_bytes(1, SLOT)  # what is made once for all
+    few, many = await peak_bytes(1_000, SLOT + MINUTE), await peak_bytes(20_000, SLOT + 2 * MINUTE)
+    assert many < few + 20_000
+
+
 # ---- which slots may be stored -------------------------------------------------------------------
 
 
@@ -240,10 +322,10 @@ async def client(nats_url: str) -> AsyncIterator[Client]:
 
 
 @asynccontextmanager
-async def snapshotter(database: Database, bus: Bus) -> AsyncIterator[None]:
+async def snapshotter(database: Database, bus: Bus, interval: timedelta = MINUTE) -> AsyncIterator[None]:
     stop = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(snapshots.run(database, bus, MINUTE, stop))
+        tasks.create_task(snapshots.run(database, bus, interval, stop))
         try:
             yield
         finally:
@@ -380,6 +462,138 @@ async def test_shard_is_taken_after_the_database_was_away(
         await administrator.close()
         assert await eventually(lambda: stored(database))
     assert [row[1] for row in await stored(database)] == [at]
+
+
+# ---- shards --------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def held_up(database_url: str, user_id: int, slot: datetime) -> AsyncIterator[None]:
+    """Let who stores this user's snapshot of the slot wait for another's, which is given up at the block's end."""
+    other = await asyncpg.connect(database_url, timeout=10)
+    try:
+        await other.execute("BEGIN")
+        await other.execute(
+            """
+            INSERT INTO portfolio_snapshots (user_id, timestamp, total_value, cash_balance, investment_value)
+            VALUES ($1, $2, 0, 0, 0)
+            """,
+            user_id,
+            slot,
+        )
+        yield
+        await other.execute("ROLLBACK")
+    finally:
+        other.terminate()
+
+
+async def is_held_up(database: Database) -> bool:
+    return bool(
+        await database.fetch_value(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+    )
+
+
+async def test_dead_replicas_shard_is_taken_over(
+    database: Database,
+    database_url: str,
+    bus: Bus,
+    client: Client,
+    heard: Callable[[], Awaitable[list[SnapshotsTaken]]],
+) -> None:
+    user_id = await create_user(database, cash="5")
+    at = utc_now()
+    stop = asyncio.Event()
+    async with held_up(database_url, user_id, at):
+        dying = asyncio.create_task(snapshots.run(database, bus, MINUTE, stop, ack_wait_seconds=1))
+        await bus.publish(timer.due(at, 0, 1))
+        await eventually(lambda: is_held_up(database))
+        dying.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await dying
+    assert await stored(database) == []
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(snapshots.run(database, bus, MINUTE, stop, ack_wait_seconds=1))
+        assert [taken.portfolios for taken in await eventually(heard)] == [1]
+        await eventually(lambda: is_all_acknowledged(client))
+        stop.set()
+    assert [row[1:3] for row in await stored(database)] == [(at, Decimal("5.00"))]
+
+
+async def test_slow_shard_does_not_hold_up_the_others(
+    database: Database, database_url: str, bus: Bus, client: Client
+) -> None:
+    users = [await create_user(database, f"user {number}", cash="1") for number in range(8)]
+    at = utc_now()
+    async with snapshotter(database, bus):
+        slow = users[0] % 4
+        async with held_up(database_url, users[0], at):
+            await bus.publish(timer.due(at, slow, 4))
+            await eventually(lambda: is_held_up(database))
+            for shard in {0, 1, 2, 3} - {slow}:
+                await bus.publish(timer.due(at, shard, 4))
+
+            async def others_are_stored() -> bool:
+                return len(await stored(database)) == 6
+
+            await eventually(others_are_stored)
+
+        async def all_are_stored() -> bool:
+            return len(await stored(database)) == 8
+
+        await eventually(all_are_stored)
+        await eventually(lambda: is_all_acknowledged(client))
+
+
+async def test_number_of_shards_may_change_between_two_slots_and_differ_within_one(
+    database: Database, bus: Bus, client: Client
+) -> None:
+    """As while a new setting is rolled out: one replica says two shards and another three, then all say five."""
+    for number in range(30):
+        await create_user(database, f"user {number}", cash="1", positions={"AAPL": ("1", "1")})
+    await set_price(database, "AAPL", "10")
+    before = utc_now() - timedelta(seconds=20)
+    now = before + timedelta(seconds=15)
+    stop = asyncio.Event()
+    async with snapshotter(database, bus), snapshotter(database, bus):
+        await asyncio.gather(*(timer.announce(bus, before, MINUTE, shards, stop) for shards in (2, 3)))
+        await timer.announce(bus, now, MINUTE, 5, stop)
+
+        async def all_are_stored() -> bool:
+            return len(await stored(database)) == 60
+
+        await eventually(all_are_stored)
+        await eventually(lambda: is_all_acknowledged(client))
+    assert len({row[:2] for row in await stored(database)}) == 60
+    assert len(await details(database)) == 60
+
+
+async def test_slot_that_overruns_its_interval_is_seen_and_said(
+    database: Database, database_url: str, bus: Bus, client: Client
+) -> None:
+    user_id = await create_user(database, cash="1")
+    interval = timedelta(seconds=3)
+    overran = counted(snapshots.shards_overran)
+    with capture_logs() as logs:
+        async with snapshotter(database, bus, interval):
+            at = utc_now()
+            async with held_up(database_url, user_id, at):
+                await bus.publish(timer.due(at, 0, 1))
+                await eventually(lambda: is_held_up(database))
+
+                async def interval_is_over() -> bool:
+                    return utc_now() > at + interval
+
+                await eventually(interval_is_over)
+            await eventually(lambda: stored(database))
+            await eventually(lambda: is_all_acknowledged(client))
+    said = [line for line in logs if line["event"] == "slot_overran"]
+    assert [(line["shard"], line["interval_seconds"], line["log_level"]) for line in said] == [
+        (0, 3.0, "warning")
+    ]
+    assert said[0]["seconds"] >= 3
+    assert counted(snapshots.shards_overran) == overran + 1
 
 
 def counted(counter: Counter) -> float:
