@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 from local.settings import free_port
 
@@ -76,6 +77,26 @@ def postgres(folder: Path, *, settings: Mapping[str, str] | None = None) -> Iter
 
 
 @contextmanager
+def replica_of(
+    primary: Server, folder: Path, *, settings: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """Run a streaming replica of `primary`, copied from it on the first start, on a free port."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / "data"
+    if not (data / "PG_VERSION").exists():
+        _copy_data(primary.url, data)
+    options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", **(settings or {})}
+    port, process = _start_postgres(data, folder / "postgres.log", options)
+    try:
+        parts = urlsplit(primary.url)
+        _create_database(port, parts.password or "")  # it was copied: this waits until the replica answers
+        url = urlunsplit(parts._replace(netloc=f"{parts.netloc.rpartition(':')[0]}:{port}"))
+        yield Server("PostgreSQL replica", url, process, folder / "postgres.log")
+    finally:
+        _stop(process, signal.SIGINT)
+
+
+@contextmanager
 def nats_server(folder: Path) -> Iterator[Server]:
     """Run nats-server with JetStream, its data and log in `folder`, on a free port."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,12 +149,7 @@ def _as_postgres_user(command: Sequence[str]) -> list[str]:
 
 def _initialise_data(data: Path, password_file: Path) -> None:
     """Run initdb beside `data` and rename, so that an interrupted one leaves nothing that looks whole."""
-    unfinished = data.with_name("data.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(mode=0o700)
-    if os.geteuid() == 0:
-        nobody = pwd.getpwnam("nobody")
-        os.chown(unfinished, nobody.pw_uid, nobody.pw_gid)
+    unfinished = _empty_data(data)
     command = [_postgres_binary("initdb"), "--pgdata", str(unfinished), "--username=foliotick"]
     command += ["--auth=scram-sha-256", f"--pwfile={password_file}", "--encoding=UTF8"]
     command += ["--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--no-instructions"]
@@ -146,6 +162,28 @@ def _initialise_data(data: Path, password_file: Path) -> None:
             f"PostgreSQL's data cannot be prepared: {errors[0] if errors else 'initdb failed'}"
         )
     unfinished.rename(data)
+
+
+def _copy_data(url: str, data: Path) -> None:
+    """Copy the data of a running server, with what makes the copy follow it."""
+    unfinished = _empty_data(data)
+    command = [_postgres_binary("pg_basebackup"), f"--pgdata={unfinished}", f"--dbname={url}"]
+    command += ["--write-recovery-conf", "--checkpoint=fast", "--wal-method=stream"]
+    done = subprocess.run(_as_postgres_user(command), capture_output=True, text=True, cwd="/", check=False)
+    if done.returncode != 0:
+        raise ServerFailed(f"PostgreSQL's data cannot be copied: {done.stderr.strip()}")
+    unfinished.rename(data)
+
+
+def _empty_data(data: Path) -> Path:
+    """Make an empty folder beside `data`, to be renamed when it is whole."""
+    unfinished = data.with_name("data.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(mode=0o700)
+    if os.geteuid() == 0:
+        nobody = pwd.getpwnam("nobody")
+        os.chown(unfinished, nobody.pw_uid, nobody.pw_gid)
+    return unfinished
 
 
 def _start_postgres(data: Path, log: Path, options: Mapping[str, str]) -> tuple[int, subprocess.Popen[bytes]]:

@@ -13,11 +13,13 @@ import aiohttp
 import jwt
 from pydantic import SecretStr
 
-from services.api_gateway import app, auth, charts, queries
+from services.api_gateway import app, auth, charts, queries, replica
 from services.api_gateway.responses import ProblemDetails
 from services.api_gateway.settings import Settings
 from shared import database as databases
+from shared import health
 from shared.bus import Bus
+from shared.database import Database
 from tests.waiting import eventually
 
 SECRET = "a secret of more than thirty-two bytes"
@@ -109,8 +111,15 @@ async def running(database_url: str, *, bus: Bus | None = None, **settings: Any)
             reads_only=True,
         ) as database,
         auth.verifier(loaded) as verifier,
-        app.serving(loaded, database, verifier, {"postgres": database.check}, news) as port,
+        replica.reading(loaded, database) as source,
+        app.serving(loaded, source, verifier, _checks(database, source), news) as port,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session,
         listening(bus, news) if bus else nullcontext(),
     ):
         yield Gateway(port, session, news)
+
+
+def _checks(database: Database, source: Database | replica.Reads) -> Mapping[str, health.Check]:
+    return {"postgres": database.check} | (
+        {"read_replica": source.check} if isinstance(source, replica.Reads) else {}
+    )

@@ -1,14 +1,12 @@
 """Run the API gateway: `python -m services.api_gateway`."""
 
 import asyncio
-from contextlib import AsyncExitStack
 
 from services.api_gateway import app, auth, charts, queries, replica
 from services.api_gateway.settings import Settings
 from shared import database as databases
 from shared import health, lifecycle
 from shared.bus import Bus
-from shared.database import Database
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
@@ -23,7 +21,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         ) as database,
         Bus(settings.nats_url.get_secret_value(), name="api_gateway") as bus,
         auth.verifier(settings) as verifier,
-        AsyncExitStack() as stack,
+        replica.reading(settings, database) as source,
     ):
         checks: dict[str, health.Check] = {
             "postgres": database.check,
@@ -32,16 +30,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         }
         if settings.jwt_jwks_url is not None:
             checks["token_keys"] = verifier.check
-        source: Database | replica.Reads = database
-        if settings.database_read_url is not None:
-            source = await stack.enter_async_context(
-                replica.reading(
-                    database,
-                    settings.database_read_url.get_secret_value(),
-                    lag_seconds_max=settings.read_replica_lag_seconds_max,
-                    connections_max=settings.gateway_database_connections,
-                )
-            )
+        if isinstance(source, replica.Reads):
             checks["read_replica"] = source.check
         news = charts.News()
         async with (

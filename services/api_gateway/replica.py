@@ -18,6 +18,7 @@ from prometheus_client import Counter, Gauge
 
 from services.api_gateway import queries
 from services.api_gateway.queries import PrimaryPosition, ReplicaPosition, Row, Source
+from services.api_gateway.settings import Settings
 from shared import database as databases
 from shared import health, logs
 from shared.database import SCHEMA_REVISION, Database, DatabaseUnavailable, NewConnection, SchemaMissing
@@ -295,18 +296,22 @@ def showing(source: Source, moment: float) -> Source:
 
 
 @asynccontextmanager
-async def reading(
-    primary: Database, url: str, *, lag_seconds_max: float, connections_max: int
-) -> AsyncIterator[Reads]:
-    """Watch the replica at `url` while the block runs; its pool is its own."""
-    source = Reads(primary, lag_seconds_max=lag_seconds_max)
+async def reading(settings: Settings, primary: Database) -> AsyncIterator[Database | Reads]:
+    """Watch the replica, if there is one, while the block runs, and yield what to read from.
+
+    The replica has a pool of its own. The block's error comes out in an exception group.
+    """
+    if settings.database_read_url is None:
+        yield primary
+        return
+    source = Reads(primary, lag_seconds_max=settings.read_replica_lag_seconds_max)
     lag_seconds.set_function(source.lag_seconds)
     try:
         async with (
             databases.connect(
-                url,
+                settings.database_read_url.get_secret_value(),
                 application_name="api_gateway_reads",
-                connections_max=connections_max,
+                connections_max=settings.gateway_database_connections,
                 statement_timeout_seconds=databases.STATEMENT_TIMEOUT_SECONDS,
                 server_settings=queries.SERVER_SETTINGS,
                 reads_only=True,
