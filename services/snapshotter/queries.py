@@ -5,7 +5,7 @@ from datetime import datetime
 
 import asyncpg
 
-from shared.database import Database, DatabaseUnavailable
+from shared.database import Connection, Database, DatabaseUnavailable
 
 # For the one large statement: room to sort in memory, and a plan for the very shard.
 SERVER_SETTINGS = {"work_mem": "64MB", "plan_cache_mode": "force_custom_plan"}
@@ -175,3 +175,14 @@ async def make_partitions(database: Database, first: datetime, last: datetime) -
         "SELECT make_history_partitions($1, $2)", first, last, timeout=TAKE_TIMEOUT_SECONDS
     )
     return made
+
+
+async def insert_else_merge(
+    connection: Connection, insert: str, merge: str, *args: object, timeout: float
+) -> asyncpg.Record | None:
+    """Run `insert` inside the transaction, and `merge` in its place when a row of its key is there already."""
+    try:
+        async with connection.transaction():
+            return await connection.fetchrow(insert, *args, timeout=timeout)
+    except asyncpg.UniqueViolationError:
+        return await connection.fetchrow(merge, *args, timeout=timeout)
