@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 from bench import charts, gateway, rollups, snapshots, storage
 from bench.figures import Figure, Measured, markdown, table
@@ -80,9 +79,9 @@ def run(arguments: argparse.Namespace) -> int:
     say(
         f"\nsize {size.name}, {time.monotonic() - began:.0f} s, {stored_gb:.1f} GB kept in {arguments.folder}"
     )
-    _save(arguments.results, size, found)
+    saved = _saved(arguments.results, size, found)
     if arguments.publish:
-        _publish(figures, arguments.results)
+        _publish(saved, arguments.results)
     missed = [figure.what.strip() for figure in figures if figure.reached is False]
     if missed and size.judged:
         say("missed: " + "; ".join(missed))
@@ -90,27 +89,32 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _save(folder: Path, size: Size, found: dict[str, Measured]) -> None:
-    """Write `latest.json`, and `latest.png` when there is anything to draw."""
+def _saved(folder: Path, size: Size, found: dict[str, Measured]) -> dict[str, Measured]:
+    """Write `latest.json` and `latest.png`; return what is in them: parts that were not measured stay as they were."""
     folder.mkdir(parents=True, exist_ok=True)
-    saved: dict[str, Any] = {
-        "measured_at": utc_now().isoformat(timespec="seconds"),
-        "size": size.name,
-        "core_share_at_end": round(core_share(), 2),
-        "parts": {
-            name: {"figures": [figure.as_json() for figure in part.figures], "series": part.series}
-            for name, part in found.items()
-        },
+    file = folder / "latest.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    parts = before["parts"] if before.get("size") == size.name else {}
+    for name, part in found.items():
+        parts[name] = {
+            "measured_at": utc_now().isoformat(timespec="seconds"),
+            "figures": [figure.as_json() for figure in part.figures],
+            "series": part.series,
+        }
+    parts = {name: parts[name] for name in PARTS if name in parts}
+    file.write_text(json.dumps({"size": size.name, "parts": parts}, indent=1, ensure_ascii=False) + "\n")
+    measured = {
+        name: Measured([Figure.from_json(figure) for figure in part["figures"]], part["series"])
+        for name, part in parts.items()
     }
-    (folder / "latest.json").write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
-    if drawn({name: part.series for name, part in found.items()}, size, folder / "latest.png"):
-        say(f"saved {folder}/latest.json and latest.png")
-    else:
-        say(f"saved {folder}/latest.json")
+    is_drawn = drawn({name: part.series for name, part in measured.items()}, size, folder / "latest.png")
+    say(f"saved {file}{' and latest.png' if is_drawn else ''}")
+    return measured
 
 
-def _publish(figures: list[Figure], results: Path) -> None:
+def _publish(saved: dict[str, Measured], results: Path) -> None:
     """Put the table and the plot into docs."""
+    figures = [figure for part in saved.values() for figure in part.figures]
     page = ROOT / "docs" / "performance.md"
     before, _, rest = page.read_text().partition("<!-- figures -->\n")
     _, _, after = rest.partition("<!-- end of figures -->")

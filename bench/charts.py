@@ -24,7 +24,7 @@ from bench.seed_like.sessions import engine, sessions
 from bench.server import Databases, connected
 from bench.sizes import Size
 from services.api_gateway import performance, queries
-from services.api_gateway.performance import MarketDays, Timeframe
+from services.api_gateway.performance import Timeframe
 from shared import database as databases
 from shared.database import Database
 
@@ -36,7 +36,8 @@ SEED_TIMES_MIN = {
     (Timeframe.ALL, True): 200.0,
 }
 """By timeframe, and whether it is the longest history."""
-SEED_USERS_MAX = 10
+SEED_USERS_MAX = 4
+"""Of the sampled users, those whose charts are read the seed's way as well: it takes seconds."""
 POINT_COST_TIMES_MAX = 1.5
 _ZONE = ZoneInfo(MARKET_TIMEZONE)
 
@@ -115,14 +116,10 @@ async def _compared(ways: "_Ways", size: Size) -> Measured:
     us_per_point = {}
     for what, users, timeframe in progress("charts", cases, total=len(cases), unit="charts"):
         is_oldest = users == [oldest]
-        few = is_oldest and timeframe in (
-            Timeframe.YEAR_TO_DATE,
-            Timeframe.ALL,
-        )  # seconds each, the seed's way
         runs = 5 * size.runs if is_oldest else size.runs
-        seed_of, seed_runs = users[:SEED_USERS_MAX], size.runs if few else runs
+        seed_of = users[:SEED_USERS_MAX]
         ms, points = await ways.ours.median_ms(users, timeframe, runs)
-        seed_ms, seed_points = await ways.seed.median_ms(seed_of, timeframe, seed_runs)
+        seed_ms, seed_points = await ways.seed.median_ms(seed_of, timeframe, size.runs)
         # The seed's window is cut at its start, which leaves a part of one more bucket.
         assert seed_points - points in (0, 1), f"{timeframe}: {points} points, seed-like {seed_points}"
         us_per_point[timeframe] = ms / points * 1000
@@ -139,7 +136,7 @@ async def _compared(ways: "_Ways", size: Size) -> Measured:
             )
         )
         if (timeframe, is_oldest) in ((Timeframe.THREE_MONTHS, False), (Timeframe.ALL, True)):
-            columns_ms, _ = await ways.seed_columns.median_ms(seed_of, timeframe, seed_runs)
+            columns_ms, _ = await ways.seed_columns.median_ms(seed_of, timeframe, size.runs)
             figures.append(Figure("  if the seed's way read columns only", "ms CPU", ms, columns_ms))
     figures.append(
         Figure(
@@ -163,12 +160,10 @@ async def _compared(ways: "_Ways", size: Size) -> Measured:
 
 async def ours(database: Database, user_id: int, timeframe: Timeframe, now: datetime) -> int:
     """Read a chart as the gateway reads it; return its number of points."""
-    match performance.buckets(timeframe, now, _ZONE):
-        case MarketDays(first, last):
-            series = await queries.daily_series(database, user_id, first, last, MARKET_TIMEZONE)
-        case buckets:
-            series = await queries.series(database, user_id, buckets.first, buckets.last, buckets.width)
-    return series.points.count('"timestamp"')
+    window = performance.buckets(timeframe, now, _ZONE)
+    found = await queries.chart(database, f"user{user_id}", window, MARKET_TIMEZONE)
+    assert found is not None
+    return found[1].points.count('"timestamp"')
 
 
 @dataclass(frozen=True)

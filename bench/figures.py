@@ -1,8 +1,8 @@
 """A measured figure beside the seed's way and the limit, and its goal."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,12 @@ class Figure:
             and (self.limit_times_max is None or (self.share or 0) * self.limit_times_max >= 1)
             and (self.below_min is None or 1 - 1 / (self.times or 1) >= self.below_min)
         )
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Self:
+        """Return the figure that `as_json` wrote."""
+        own = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in saved.items() if name in own})
 
     def as_json(self) -> dict[str, Any]:
         own = {name: value for name, value in vars(self).items() if value not in (None, "")}

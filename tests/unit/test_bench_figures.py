@@ -43,3 +43,9 @@ def test_table_shows_ways_ratios_and_verdict() -> None:
         "snapshot  s      0.25    80  320    0.2   0.80  ≥ 100x, ≥ 0.9 of limit  MISSED",
         "memory    MB    1,234",
     ]
+
+
+def test_figure_survives_being_saved() -> None:
+    figure = Figure("snapshot", "s", 0.25, seed_like=80.0, times_min=100)
+    assert figure.as_json()["times"] == 320
+    assert Figure.from_json(figure.as_json()) == figure
