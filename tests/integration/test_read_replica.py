@@ -23,7 +23,7 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from local.servers import Server, postgres, replica_of
-from services.api_gateway import queries, replica
+from services.api_gateway import replica
 from services.api_gateway.charts import Asked, Charts, News
 from services.api_gateway.performance import Timeframe
 from services.api_gateway.replica import Reads
@@ -320,13 +320,11 @@ async def test_chart_has_the_announced_snapshot_although_the_replica_has_it_not(
             answer = (await charts.answer(asked, now)).body.decode()
             assert '"value":10.00' in answer
             assert '"value":11.00' in answer
-            # It is kept as well, and was not read from the replica, which has only the first point.
             later = (await charts.answer(asked, now + timedelta(seconds=2))).body.decode()
             assert '"value":11.00' in later
-            stale = await queries.series(
-                source, user_id, slot - timedelta(minutes=5), slot, timedelta(minutes=5)
-            )
-            assert '"value":11.00' not in stale.points
+            stored = f"SELECT count(*) FROM portfolio_snapshots WHERE user_id = {user_id}"  # noqa: S608
+            assert await execute(primary, stored) == 2
+            assert await execute(follower, stored) == 1
         await eventually(shows_all)  # and the next chart comes from the replica again
         await charts.close()
 
@@ -364,13 +362,17 @@ async def test_frozen_replica_costs_a_short_wait_and_then_none(primary: Server, 
             with frozen(follower):
                 began = time.monotonic()
                 answers = await asyncio.gather(*(gateway.get(CURRENT) for _ in range(30)))
-                assert time.monotonic() - began < replica.READ_SECONDS_MAX + 1.5
+                assert time.monotonic() - began < replica.ANSWER_SECONDS_MAX + 1.5
                 assert {answer.status for answer in answers} == {200}
                 began = time.monotonic()
                 for _ in range(10):
                     assert await cash(gateway) == "1.00"
-                assert time.monotonic() - began < replica.READ_SECONDS_MAX
-                assert "not used" in await replica_state(gateway)
+                assert time.monotonic() - began < replica.ANSWER_SECONDS_MAX
+
+                async def is_left() -> bool:  # said at once, and remembered by `/readyz` for a second
+                    return "not used" in await replica_state(gateway)
+
+                await eventually(is_left)
             await eventually(using_replica(gateway), timeout=30)
     assert events(logs) == ["read_replica_used", "read_replica_left", "read_replica_used"]
 
