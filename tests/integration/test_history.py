@@ -689,15 +689,17 @@ async def test_replicas_at_once_do_each_step_once(database: Database) -> None:
     await some_history(database, users=7, days=3)
     due_until = MONDAY + 3 * DAY
 
-    async def replica() -> int:
-        rows = 0
+    async def replica() -> list[int]:
+        rows = []
         for _ in range(40):
             for rollup in ROLLUPS:
                 step = await history.roll_up(database, rollup, due_until, "UTC", users_max=3)
-                rows += step.rows if step else 0
+                rows += [step.rows] if step else []
         return rows
 
-    rows = await asyncio.gather(*(replica() for _ in range(4)))
+    steps = await asyncio.gather(*(replica() for _ in range(4)))
+    rows = [rows for replicas in steps for rows in replicas]
+    assert len(rows) == 4 * 3 * 3  # four tiers of three days, of three users at a time
     # Each day of each user: 48 half hours (36 minutes are never left out), 24 hours, 8 times three, a date.
     assert sum(rows) == 7 * 3 * (48 + 24 + 8 + 1)
     assert sum(map(len, (await all_rolled(database)).values())) == sum(rows)
