@@ -14,6 +14,7 @@ import jwt
 from pydantic import SecretStr
 
 from services.api_gateway import app, auth, charts, queries, replica
+from services.api_gateway.performance import Buckets, MarketDays
 from services.api_gateway.responses import ProblemDetails
 from services.api_gateway.settings import Settings
 from shared import database as databases
@@ -123,3 +124,18 @@ def _checks(database: Database, source: Database | replica.Reads) -> Mapping[str
     return {"postgres": database.check} | (
         {"read_replica": source.check} if isinstance(source, replica.Reads) else {}
     )
+
+
+async def series_of(
+    source: queries.Source,
+    user_id: int,
+    window: Buckets | MarketDays,
+    market_timezone: str = "America/New_York",
+) -> queries.Series:
+    """Return the series of a user whose subject the test need not know."""
+    row = await source.fetch_row("SELECT subject FROM users WHERE id = $1", user_id)
+    assert row is not None
+    found = await queries.chart(source, row["subject"], window, market_timezone)
+    assert found is not None
+    assert found[0].user_id == user_id
+    return found[1]

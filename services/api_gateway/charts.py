@@ -278,55 +278,51 @@ class Charts:
 
     async def _read(self, asked: Asked, now: datetime) -> Representation:
         """Read what is not kept any more, and keep the answer."""
-        changes = self._changes(
-            asked
-        )  # before the database is asked: what is heard from here on may be missing
+        # The counters before the database is asked: what is heard from here on may be missing.
+        changes, announcement = self._changes(asked), self._news.announcements
         shelf = self._live if asked.until is None else self._closed
-        live = await queries.live_value(self._database, asked.subject)
-        if live is None or not live.is_active:
-            shelf.drop(asked)
-            raise problems.user_unknown() if live is None else problems.user_deactivated()
         if asked.until is None:
             window = performance.buckets(asked.timeframe, now, self._market_timezone)
         else:
             window = performance.buckets_until(asked.timeframe, asked.until, self._market_timezone)
         kept = shelf.charts.get(asked)
-        if kept is not None and self._are_true(kept.points, live.user_id, window, now):
+        points = kept.points if kept is not None and self._are_true(kept.points, window, now) else None
+        live = await queries.live_value(self._database, asked.subject) if points is not None else None
+        if points is not None and live is not None and live.user_id == points.user_id:
             _points_hit.inc()
-            points = kept.points
         else:
             _points_missed.inc()
-            points = await self._read_points(asked, live.user_id, window, now)
+            source = replica.showing(self._database, self._moment_to_show(asked, now))
+            found = await queries.chart(source, asked.subject, window, self._market_timezone.key)
+            if found is None:
+                shelf.drop(asked)
+                raise problems.user_unknown()
+            live, series = found
+            beginning = performance.answer_beginning(asked.timeframe, series.points, until=asked.until)
+            points = _Points(
+                live.user_id,
+                window,
+                now,
+                announcement,
+                Stem(beginning.encode()),
+                series.first_value,
+                performance.last_value(series.points),
+                series.simulated,
+            )
+        if not live.is_active:
+            shelf.drop(asked)
+            raise problems.user_deactivated()
         answer, good_until = self._finished(asked, points, live, now)
         size = len(asked.subject) + _FORMS * len(answer.body) + _RECORD_BYTES
         shelf.put(asked, _Kept(points, answer, now, good_until, changes, size))
         return answer
 
-    def _are_true(self, points: _Points, user_id: int, window: Buckets | MarketDays, now: datetime) -> bool:
+    def _are_true(self, points: _Points, window: Buckets | MarketDays, now: datetime) -> bool:
         seconds_max = POINTS_SECONDS_MAX if self._news.are_complete else ANSWER_SECONDS_MAX
         return (
-            points.user_id == user_id
-            and points.window == window
+            points.window == window
             and timedelta(0) <= now - points.read_at < timedelta(seconds=seconds_max)
-            and not self._news.has_snapshot_since(points.announcement, user_id)
-        )
-
-    async def _read_points(
-        self, asked: Asked, user_id: int, window: Buckets | MarketDays, now: datetime
-    ) -> _Points:
-        announcement = self._news.announcements
-        source = replica.showing(self._database, self._moment_to_show(asked, now))
-        series = await _series(source, user_id, window, self._market_timezone)
-        beginning = performance.answer_beginning(asked.timeframe, series.points, until=asked.until)
-        return _Points(
-            user_id,
-            window,
-            now,
-            announcement,
-            Stem(beginning.encode()),
-            series.first_value,
-            performance.last_value(series.points),
-            series.simulated,
+            and not self._news.has_snapshot_since(points.announcement, points.user_id)
         )
 
     def _moment_to_show(self, asked: Asked, now: datetime) -> float:
@@ -351,13 +347,3 @@ class Charts:
             is_immutable = points.read_at - asked.until >= IMMUTABLE_AGE
             cache_control = _IMMUTABLE if is_immutable else _LIVE
         return Representation(points.stem, end.encode(), cache_control=cache_control), good_until
-
-
-async def _series(
-    source: Source, user_id: int, window: Buckets | MarketDays, market_timezone: ZoneInfo
-) -> queries.Series:
-    match window:
-        case MarketDays(first, last):
-            return await queries.daily_series(source, user_id, first, last, market_timezone.key)
-        case Buckets(first, last, width):
-            return await queries.series(source, user_id, first, last, width)

@@ -1,12 +1,13 @@
 """The gateway's SQL. PostgreSQL writes the JSON, so that every amount stays as exact as it is stored."""
 
 from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Protocol, TypeAlias
 
 import asyncpg
 
+from services.api_gateway.performance import Buckets, MarketDays
 from shared.database import Database, DatabaseUnavailable, NewConnection
 
 # Planning costs more than running these statements, and no plan of theirs depends on a parameter's value.
@@ -84,25 +85,33 @@ FROM portfolio_valuations
 WHERE subject = $1
 """
 
-# A series: the last snapshot of each bucket. Up to `rolled_until` a rollup has just that row, read in order from its
-# key alone; after it comes at most a day or two of snapshots, by one probe for each bucket. What a tier does not hold
-# any more comes from the next coarser one. So the work follows the points, whatever is stored.
-# The window's bounds stand apart from those of the tiers, so that partitions are left out before the start.
-_SERIES = """
-WITH reach AS MATERIALIZED ({reach})
+# A chart: the live value and, as its points, the last snapshot of each bucket. Up to `rolled_until` a rollup has just
+# that row, read in order from its key alone; after it comes at most a day or two of snapshots, by one probe for each
+# bucket. What a tier does not hold any more comes from the next coarser one. So the work follows the points, whatever
+# is stored. The window's bounds stand apart from those of the tiers, so that partitions are left out before the start.
+_CHART = """
 SELECT
-    string_agg(
-        '{{"timestamp":"' || replace((bucket AT TIME ZONE 'UTC')::text, ' ', 'T') || 'Z","value":' || total_value
-            || CASE WHEN unpriced_positions > 0 THEN ',"partial":true}}' ELSE '}}' END,
-        ','
-    ) AS points,
-    (array_agg(total_value))[1] AS first_value,
-    bool_or(simulated) AS simulated
-FROM (
-    SELECT *
-    FROM ({points}) AS points
-    ORDER BY bucket
-) AS point
+    live.user_id, live.is_active, live.total_value, live.simulated AS live_simulated,
+    series.points, series.first_value, series.simulated
+FROM portfolio_valuations AS live
+CROSS JOIN LATERAL (
+    WITH reach AS MATERIALIZED ({reach})
+    SELECT
+        string_agg(
+            '{{"timestamp":"' || replace((bucket AT TIME ZONE 'UTC')::text, ' ', 'T')
+                || 'Z","value":' || total_value
+                || CASE WHEN unpriced_positions > 0 THEN ',"partial":true}}' ELSE '}}' END,
+            ','
+        ) AS points,
+        (array_agg(total_value))[1] AS first_value,
+        bool_or(simulated) AS simulated
+    FROM (
+        SELECT *
+        FROM ({points}) AS points
+        ORDER BY bucket
+    ) AS point
+) AS series
+WHERE live.subject = $1
 """
 _REACH = """
     SELECT
@@ -114,7 +123,7 @@ _REACH = """
 _ROLLED = """
     SELECT bucket, total_value, unpriced_positions, simulated
     FROM portfolio_rollups_{tier}
-    WHERE user_id = $1 AND bucket >= $2 AND bucket < $3::timestamptz + $4::interval
+    WHERE user_id = live.user_id AND bucket >= $2 AND bucket < $3::timestamptz + $4::interval
         AND bucket < (SELECT {until} FROM reach)
 """
 # Each snapshot of the last day is a point, or nearly: they are read in order instead of probed for.
@@ -123,7 +132,7 @@ _RAW = """
     FROM (
         SELECT date_bin($4, timestamp, 'epoch') AS bucket, timestamp, total_value, unpriced_positions, simulated
         FROM portfolio_snapshots
-        WHERE user_id = $1 AND timestamp >= $2 AND timestamp < $3::timestamptz + $4::interval
+        WHERE user_id = live.user_id AND timestamp >= $2 AND timestamp < $3::timestamptz + $4::interval
         ORDER BY timestamp
     ) AS snapshots
     ORDER BY bucket, timestamp DESC
@@ -136,7 +145,7 @@ _TAIL = """
     CROSS JOIN LATERAL (
         SELECT total_value, unpriced_positions, simulated
         FROM portfolio_snapshots
-        WHERE user_id = $1 AND timestamp >= bucket AND timestamp < bucket + $4::interval
+        WHERE user_id = live.user_id AND timestamp >= bucket AND timestamp < bucket + $4::interval
             AND timestamp >= $2 AND timestamp < $3::timestamptz + $4::interval
         ORDER BY timestamp DESC
         LIMIT 1
@@ -144,28 +153,28 @@ _TAIL = """
 """
 
 
-def _series_statement(tier: str, *coarser: str) -> str:
+def _chart_statement(tier: str, *coarser: str) -> str:
     """Compose the statement of one bucket width: its own tier, and what is left of older times."""
     own = [_RAW] if tier == "raw" else [_ROLLED.format(tier=tier, until="rolled_until"), _TAIL]
     older = [
         _ROLLED.format(tier=name, until=until)
         for name, until in zip(coarser, ("kept_from", "coarser_kept_from"), strict=False)
     ]
-    return _SERIES.format(
+    return _CHART.format(
         reach=_REACH.format(tier=tier, coarser=coarser[0]),
         points=" UNION ALL ".join(f"({leg})" for leg in (*own, *older)),
     )
 
 
-SERIES = {
-    timedelta(minutes=5): _series_statement("raw", "1h", "1d"),
-    timedelta(minutes=30): _series_statement("30m", "1h", "1d"),
-    timedelta(hours=1): _series_statement("1h", "1d"),
-    timedelta(hours=3): _series_statement("3h", "1d"),
+CHARTS = {
+    timedelta(minutes=5): _chart_statement("raw", "1h", "1d"),
+    timedelta(minutes=30): _chart_statement("30m", "1h", "1d"),
+    timedelta(hours=1): _chart_statement("1h", "1d"),
+    timedelta(hours=3): _chart_statement("3h", "1d"),
 }
 
 # A day is a market date: from local midnight to the next, 23 or 25 hours later when the clock changes.
-DAILY_SERIES = _SERIES.format(
+DAILY_CHART = _CHART.format(
     reach="""
     SELECT
         rolled_day,
@@ -177,7 +186,7 @@ DAILY_SERIES = _SERIES.format(
     points="""
     SELECT bucket, total_value, unpriced_positions, simulated
     FROM portfolio_rollups_1d
-    WHERE user_id = $1
+    WHERE user_id = live.user_id
         AND bucket >= (SELECT starts_at FROM reach)
         AND bucket < (SELECT LEAST(ends_at, rolled_until) FROM reach)
     UNION ALL
@@ -188,7 +197,7 @@ DAILY_SERIES = _SERIES.format(
             (
                 SELECT (timestamp AT TIME ZONE $4)::date
                 FROM portfolio_snapshots
-                WHERE user_id = $1
+                WHERE user_id = live.user_id
                 ORDER BY timestamp
                 LIMIT 1
             )
@@ -199,13 +208,14 @@ DAILY_SERIES = _SERIES.format(
     CROSS JOIN LATERAL (
         SELECT total_value, unpriced_positions, simulated
         FROM portfolio_snapshots
-        WHERE user_id = $1
+        WHERE user_id = live.user_id
             AND timestamp >= day AT TIME ZONE $4 AND timestamp < (day + interval '1 day') AT TIME ZONE $4
         ORDER BY timestamp DESC
         LIMIT 1
     ) AS last
 """,
 )
+
 
 # Where a server is in the log of its cluster. Positions of two timelines cannot be compared: after a failover the new
 # primary and a replica of the old one have gone different ways. A timeline is in the names of the primary's log files;
@@ -301,17 +311,29 @@ async def live_value(source: Source, subject: str) -> LiveValue | None:
     return LiveValue(**row) if row else None
 
 
-async def series(source: Source, user_id: int, first: datetime, last: datetime, width: timedelta) -> Series:
-    """Return the last snapshot of each bucket; buckets start at `first`, every `width`, until `last`.
+async def chart(
+    source: Source, subject: str, window: Buckets | MarketDays, market_timezone: str
+) -> tuple[LiveValue, Series] | None:
+    """Return `live_value` and the last snapshot of each bucket of the window; None when nobody has this subject.
 
-    The width is one that SERIES has. Of times whose snapshots have been dropped there are coarser points.
+    Of times whose snapshots have been dropped there are coarser points. One statement costs half of what two do.
     """
-    return _series(await source.fetch_row(SERIES[width], user_id, first, last, width))
+    statement, arguments = _of_window(window, market_timezone)
+    row = await source.fetch_row(statement, subject, *arguments)
+    if row is None:
+        return None
+    return LiveValue(row["user_id"], row["is_active"], row["total_value"], row["live_simulated"]), _series(
+        row
+    )
 
 
-async def daily_series(source: Source, user_id: int, first: date | None, last: date, timezone: str) -> Series:
-    """Return the last snapshot of each market date; without `first`, from the user's first snapshot."""
-    return _series(await source.fetch_row(DAILY_SERIES, user_id, first, last, timezone))
+def _of_window(window: Buckets | MarketDays, market_timezone: str) -> tuple[str, tuple[object, ...]]:
+    """Return the statement of a chart, and what it needs beside the subject."""
+    match window:
+        case MarketDays(first, last):
+            return DAILY_CHART, (first, last, market_timezone)
+        case Buckets(first_starts_at, last_starts_at, width):
+            return CHARTS[width], (first_starts_at, last_starts_at, width)
 
 
 async def primary_position(database: Database) -> PrimaryPosition:
@@ -339,6 +361,5 @@ async def _position(database: Database, statement: str) -> asyncpg.Record:
     return row
 
 
-def _series(row: asyncpg.Record | None) -> Series:
-    assert row is not None  # an aggregate without GROUP BY always has one row
+def _series(row: asyncpg.Record) -> Series:
     return Series(row["points"] or "", row["first_value"], row["simulated"] or False)

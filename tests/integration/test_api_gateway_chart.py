@@ -8,13 +8,13 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from services.api_gateway import performance, queries
+from services.api_gateway import performance
 from services.api_gateway.performance import MarketDays, Timeframe
 from services.api_gateway.responses import Performance
 from shared.clock import last_boundary, utc_now
 from shared.database import Database
 from tests.factories import add_snapshot, create_user, make_partitions, set_price
-from tests.gateway import Answer, Gateway, running
+from tests.gateway import Answer, Gateway, running, series_of
 
 CHART = "/api/portfolio/performance"
 NEW_YORK = ZoneInfo("America/New_York")
@@ -39,11 +39,7 @@ async def points_at(
     database: Database, user_id: int, timeframe: Timeframe, now: datetime
 ) -> list[tuple[str, str]]:
     """Return (timestamp, value) of the series as it is at `now`."""
-    match performance.buckets(timeframe, now, NEW_YORK):
-        case MarketDays(first, last):
-            series = await queries.daily_series(database, user_id, first, last, "America/New_York")
-        case buckets:
-            series = await queries.series(database, user_id, buckets.first, buckets.last, buckets.width)
+    series = await series_of(database, user_id, performance.buckets(timeframe, now, NEW_YORK))
     points: list[dict[str, Any]] = json.loads(f"[{series.points}]", parse_float=str)
     return [(point["timestamp"], point["value"]) for point in points]
 
@@ -264,7 +260,7 @@ async def test_other_market_other_days(database: Database) -> None:
     await add_snapshot(database, user_id, datetime(2025, 1, 4, 15, 30, tzinfo=UTC), "1")  # 00:30 in Tokyo
     days = performance.buckets(Timeframe.ALL, datetime(2025, 1, 4, 16, 0, tzinfo=UTC), ZoneInfo("Asia/Tokyo"))
     assert isinstance(days, MarketDays)
-    series = await queries.daily_series(database, user_id, days.first, days.last, "Asia/Tokyo")
+    series = await series_of(database, user_id, days, "Asia/Tokyo")
     assert series.points == '{"timestamp":"2025-01-04T15:00:00Z","value":1.00}'
 
 

@@ -48,7 +48,7 @@ class Watched(Database):
         self.is_away = False
 
     async def fetch_row(self, statement: str, *args: object, timeout: float = 2.0) -> Any:
-        self.asked.append("live" if statement == queries.LIVE_VALUE else "points")
+        self.asked.append("live" if statement == queries.LIVE_VALUE else "chart")
         if self.is_away:
             raise DatabaseUnavailable("away")
         row = await self._database.fetch_row(statement, *args, timeout=timeout)
@@ -134,7 +134,7 @@ async def test_answer_is_served_again_without_the_database(
     user_id = await create_user(database, cash="5")
     await add_snapshot(database, user_id, NOW - timedelta(hours=1), "4")
     first = await charts.answer(LIVE, NOW)
-    assert watched.taken() == ["live", "points"]
+    assert watched.taken() == ["chart"]
     assert values(first.body.decode()) == ["4.00"]
     assert charts.kept(LIVE, NOW + seconds(0.9)) is first
     assert await charts.answer(LIVE, NOW + seconds(0.9)) is first
@@ -161,7 +161,7 @@ async def test_clock_that_was_set_back_ends_what_is_kept(
     assert charts.kept(LIVE, NOW - seconds(0.001)) is None
     watched.taken()
     await text(charts, NOW - seconds(60))
-    assert watched.taken() == ["live", "points"]
+    assert watched.taken() == ["chart"]
 
 
 async def test_tick_makes_the_live_value_old_and_not_the_points(
@@ -186,7 +186,7 @@ async def test_tick_heard_while_the_answer_was_read_counts(
     await set_price(database, "A", "10")
     watched.open.clear()
     reading = asyncio.ensure_future(charts.answer(LIVE, NOW))
-    await is_asked(watched, "live")
+    await is_asked(watched, "chart")
     await database.fetch_value("SELECT pg_sleep(0.05)")  # the statement has surely been run by now
     await set_price(database, "A", "11")
     hear_tick(news)
@@ -195,7 +195,7 @@ async def test_tick_heard_while_the_answer_was_read_counts(
     assert await current_value(charts) == "22.00"
 
 
-@pytest.mark.parametrize(("shard_of_user", "asked"), [(True, ["live", "points"]), (False, ["live"])])
+@pytest.mark.parametrize(("shard_of_user", "asked"), [(True, ["chart"]), (False, ["live"])])
 async def test_snapshots_of_the_users_shard_make_the_points_old_and_those_of_others_do_not(
     database: Database, watched: Watched, charts: Charts, news: News, *, shard_of_user: bool, asked: list[str]
 ) -> None:
@@ -217,7 +217,7 @@ async def test_number_of_shards_may_change_between_two_slots(
         hear_snapshots(news, user_id % shards, shards)
         watched.taken()
         await text(charts)
-        assert watched.taken() == ["live", "points"]
+        assert watched.taken() == ["chart"]
         for others in (2, 4):
             hear_snapshots(news, (user_id + 1) % others, others)
         await text(charts)
@@ -241,7 +241,7 @@ async def test_announcement_that_is_not_understood_counts_for_everyone(
     watched.taken()
     news.heard(SNAPSHOTS_TAKEN, payload)
     await text(charts)
-    assert watched.taken() == ["live", "points"]
+    assert watched.taken() == ["chart"]
 
 
 def test_news_remember_a_bounded_number_of_divisions() -> None:
@@ -275,7 +275,7 @@ async def test_window_that_moves_on_ends_what_is_kept(
     await add_snapshot(database, user_id, next_, "7")
     watched.taken()
     assert values(await text(charts, next_, asked)) == ["7.00"]
-    assert watched.taken() == ["live", "points"]
+    assert watched.taken() == ["chart"]
 
 
 async def test_points_are_kept_for_a_minute_while_the_bus_is_heard_and_for_a_second_while_it_is_not(
@@ -287,11 +287,11 @@ async def test_points_are_kept_for_a_minute_while_the_bus_is_heard_and_for_a_sec
     await text(charts, NOW + seconds(58.9))
     assert watched.taken() == ["live"]
     await text(charts, NOW + seconds(60))
-    assert watched.taken() == ["live", "points"]
+    assert watched.taken() == ["chart"]
     news.interrupted()
     for second in (61, 62):
         await text(charts, NOW + seconds(second))
-        assert watched.taken() == ["live", "points"]
+        assert watched.taken() == ["chart"]
     await text(charts, NOW + seconds(62.9))
     assert watched.taken() == []
 
@@ -306,7 +306,7 @@ async def test_everything_kept_is_dropped_when_the_bus_is_heard_again(
         happens()
         assert charts.kept(LIVE, NOW) is None
         await text(charts)
-        assert watched.taken() == ["live", "points"]
+        assert watched.taken() == ["chart"]
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,7 @@ async def test_a_thousand_at_once_reach_the_database_once(
 ) -> None:
     await create_user(database, cash="3")
     answers = await asyncio.gather(*(charts.answer(LIVE, NOW) for _ in range(1000)))
-    assert watched.taken() == ["live", "points"]
+    assert watched.taken() == ["chart"]
     assert {id(answer) for answer in answers} == {id(answers[0])}
 
 
@@ -422,12 +422,12 @@ async def test_who_goes_away_takes_the_answer_from_nobody(
     await create_user(database)
     watched.open.clear()
     first, second = (asyncio.ensure_future(charts.answer(LIVE, NOW)) for _ in range(2))
-    await is_asked(watched, "live")
+    await is_asked(watched, "chart")
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
     watched.open.set()
     assert await second is charts.kept(LIVE, NOW)
-    assert watched.taken() == ["live", "points"]
+    assert watched.taken() == ["chart"]
 
 
 async def test_reading_goes_on_although_nobody_is_left(
@@ -436,7 +436,7 @@ async def test_reading_goes_on_although_nobody_is_left(
     await create_user(database)
     watched.open.clear()
     asking = asyncio.ensure_future(charts.answer(LIVE, NOW))
-    await is_asked(watched, "live")
+    await is_asked(watched, "chart")
     asking.cancel()
     watched.open.set()
 
@@ -453,7 +453,7 @@ async def test_failure_reaches_all_who_wait_and_the_next_one_asks_again(
     watched.is_away = True
     outcomes = await asyncio.gather(*(charts.answer(LIVE, NOW) for _ in range(100)), return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {DatabaseUnavailable}
-    assert watched.taken() == ["live"]
+    assert watched.taken() == ["chart"]
     watched.is_away = False
     assert await current_value(charts) == "1.00"
 
@@ -477,7 +477,7 @@ async def test_who_asks_after_news_gets_an_answer_that_was_read_after_them(
     await set_price(database, "A", "1")
     watched.open.clear()
     early = asyncio.ensure_future(charts.answer(LIVE, NOW))
-    await is_asked(watched, "live")
+    await is_asked(watched, "chart")
     await database.fetch_value("SELECT pg_sleep(0.05)")  # the statement has surely been run by now
     await set_price(database, "A", "2")
     late = []
@@ -488,7 +488,7 @@ async def test_who_asks_after_news_gets_an_answer_that_was_read_after_them(
     watched.open.set()
     assert '"current_value":1.00' in (await early).body.decode()
     assert {(await one).body.decode().count('"current_value":2.00') for one in late} == {1}
-    assert watched.taken() == ["live", "points", "live"]
+    assert watched.taken() == ["chart", "live"]
 
 
 async def test_what_is_being_read_ends_with_the_charts(
@@ -497,7 +497,7 @@ async def test_what_is_being_read_ends_with_the_charts(
     await create_user(database)
     watched.open.clear()
     asking = asyncio.ensure_future(charts.answer(LIVE, NOW))
-    await is_asked(watched, "live")
+    await is_asked(watched, "chart")
     await charts.close()
     (outcome,) = await asyncio.gather(asking, return_exceptions=True)
     assert isinstance(outcome, asyncio.CancelledError)
@@ -546,7 +546,7 @@ async def test_without_memory_nothing_is_kept(database: Database, watched: Watch
     charts = new_charts(watched, news, bytes_max=0)
     for _ in range(2):
         await text(charts)
-    assert watched.taken() == ["live", "points"] * 2
+    assert watched.taken() == ["chart"] * 2
     await charts.close()
 
 
@@ -616,7 +616,7 @@ async def test_range_follows_snapshots_and_no_prices(
     assert watched.taken() == []
     hear_snapshots(news)
     await text(charts, NOW, asked)
-    assert watched.taken() == ["live", "points"]
+    assert watched.taken() == ["chart"]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from services.snapshotter import upkeep
 from services.snapshotter.upkeep import Upkeep
 from shared.database import Database
 from tests.factories import create_user, make_partitions
+from tests.gateway import series_of
 
 NEW_YORK = ZoneInfo("America/New_York")
 NOW = datetime(2026, 3, 12, 14, 3, tzinfo=UTC)  # four days after the clocks of New York changed
@@ -42,11 +43,7 @@ async def points(
     database: Database, user_id: int, window: Buckets | MarketDays
 ) -> list[tuple[str, str, bool]]:
     """Return (timestamp, value, partial) of each point."""
-    match window:
-        case MarketDays(first, last):
-            series = await queries.daily_series(database, user_id, first, last, NEW_YORK.key)
-        case Buckets(starts_at, last_starts_at, width):
-            series = await queries.series(database, user_id, starts_at, last_starts_at, width)
+    series = await series_of(database, user_id, window)
     found: list[dict[str, Any]] = json.loads(f"[{series.points}]", parse_float=str)
     return [(point["timestamp"], point["value"], point.get("partial", False)) for point in found]
 
@@ -165,14 +162,14 @@ async def test_work_follows_the_points_and_not_the_snapshots_behind_them(databas
     ):
         match performance.buckets(Timeframe(timeframe), NOW, NEW_YORK):
             case MarketDays(first, last):
-                statement, arguments = queries.DAILY_SERIES, (first, last, NEW_YORK.key)
+                statement, arguments = queries.DAILY_CHART, (first, last, NEW_YORK.key)
             case Buckets(starts_at, last_starts_at, width):
-                statement, arguments = queries.SERIES[width], (starts_at, last_starts_at, width)
+                statement, arguments = queries.CHARTS[width], (starts_at, last_starts_at, width)
         (row,) = await database.fetch(
-            f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {statement}", user_ids[1], *arguments
+            f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {statement}", "user 1", *arguments
         )
         plan = nodes(json.loads(row[0])[0]["Plan"])
-        scans = [node for node in plan if node.get("Relation Name", "history_tiers") != "history_tiers"]
+        scans = [node for node in plan if node.get("Relation Name", "").startswith("portfolio_")]
         assert {node["Node Type"] for node in scans} <= {
             "Index Scan",
             "Index Only Scan",
