@@ -67,32 +67,38 @@ class Done:
     rolled_up: int = 0
     dropped: int = 0
     held: bool = False
-    """Something is expired, and was not dropped because the clock has not been steady for long enough."""
+    """Something is expired, and stays until the clock has been steady for long enough (metrics say how much)."""
 
 
 async def run(database: Database, upkeep: Upkeep, stop: asyncio.Event) -> None:
     """Keep the history in order, beginning now and then every five minutes, until `stop` is set."""
+    was_held = False
+
+    async def round_() -> None:
+        nonlocal was_held
+        done = await _round(database, upkeep, stop)
+        if done is not None and done.held != was_held:
+            was_held = done.held
+            log.info("retention_held" if was_held else "retention_resumed", steady_for=str(STEADY_FOR))
+
     async for _ in clock.aligned_ticks(INTERVAL, stop):
-        await lifecycle.finish(_round(database, upkeep, stop), stop, stop_seconds_max=STOP_SECONDS_MAX)
+        await lifecycle.finish(round_(), stop, stop_seconds_max=STOP_SECONDS_MAX)
 
 
-async def _round(database: Database, upkeep: Upkeep, stop: asyncio.Event) -> None:
+async def _round(database: Database, upkeep: Upkeep, stop: asyncio.Event) -> Done | None:
+    """Return what was done; None when it could not be."""
     began = time.monotonic()
     try:
         now = clock.utc_now()
         apart = abs(now - await history.database_clock(database))
         if apart > CLOCKS_APART_MAX:
             log.warning("history_postponed", reason=f"the database's clock is {apart} apart from ours")
-            return
+            return None
         done = await keep(database, upkeep, now, stop)
     except (DatabaseUnavailable, SchemaMissing) as error:
         log.warning("history_postponed", reason=str(error))
-        return
-    if done.held:
-        log.warning(
-            "retention_held", reason="the clock leapt, or the system was off for long", until=STEADY_FOR
-        )
-    if done != Done():
+        return None
+    if (done.made, done.rolled_up, done.dropped) != (0, 0, 0):
         log.info(
             "history_kept",
             partitions_made=done.made,
@@ -100,6 +106,7 @@ async def _round(database: Database, upkeep: Upkeep, stop: asyncio.Event) -> Non
             partitions_dropped=done.dropped,
             duration_ms=round((time.monotonic() - began) * 1000),
         )
+    return done
 
 
 async def keep(database: Database, upkeep: Upkeep, now: datetime, stop: asyncio.Event) -> Done:
