@@ -1,7 +1,7 @@
 """Settings of the API gateway."""
 
 from typing import Annotated
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 from zoneinfo import ZoneInfo
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
@@ -39,7 +39,7 @@ def _origins(values: tuple[str, ...]) -> tuple[str, ...]:
 
 def _single_server(url: SecretStr) -> SecretStr:
     parts = urlsplit(url.get_secret_value())
-    if "," in parts.netloc or "host=" in parts.query:
+    if any("," in host for host in (parts.netloc.rpartition("@")[2], *parse_qs(parts.query).get("host", ()))):
         raise ValueError("the URL of one server: how far it is behind is measured, not that of another")
     return url
 

@@ -59,6 +59,21 @@ def test_the_secret_may_come_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert loaded.jwt_secret.get_secret_value() == SECRET
 
 
+def test_replica_is_optional_and_may_come_from_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("JWT_SECRET", SECRET)
+    monkeypatch.setenv("DATABASE_READ_URL", "")
+    assert settings.load(Settings).database_read_url is None
+    (tmp_path / "url").write_text("postgresql://reader:a%2Cb@replica:5432/foliotick\n")
+    monkeypatch.delenv("DATABASE_READ_URL")
+    monkeypatch.setenv("DATABASE_READ_URL_FILE", str(tmp_path / "url"))
+    loaded = settings.load(Settings)
+    assert loaded.database_read_url is not None
+    assert loaded.database_read_url.get_secret_value().endswith("@replica:5432/foliotick")
+    assert loaded.read_replica_lag_seconds_max == 5
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
@@ -71,6 +86,10 @@ def test_the_secret_may_come_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_pa
         ("CORS_ALLOWED_ORIGINS", "https://example.com/", "CORS_ALLOWED_ORIGINS must be origins"),
         ("CORS_ALLOWED_ORIGINS", "null", "CORS_ALLOWED_ORIGINS must be origins"),
         ("REQUEST_TIMEOUT_SECONDS", "0", "REQUEST_TIMEOUT_SECONDS must be"),
+        ("DATABASE_READ_URL", "mysql://a/b", "DATABASE_READ_URL must be a URL like postgresql://"),
+        ("DATABASE_READ_URL", "postgresql://u:p@a,b/d", "DATABASE_READ_URL must be the URL of one server"),
+        ("DATABASE_READ_URL", "postgresql:///d?host=a,b", "DATABASE_READ_URL must be the URL of one server"),
+        ("READ_REPLICA_LAG_SECONDS_MAX", "0.5", "READ_REPLICA_LAG_SECONDS_MAX must be"),
     ],
 )
 def test_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
