@@ -90,7 +90,10 @@ STATEMENTS = (
         CONSTRAINT history_tiers_partition_unit_check CHECK (partition_unit IN ('day', 'week', 'month'))
     )
     """,
-    "COMMENT ON COLUMN history_tiers.complete_until IS 'a rollup holds every bucket that starts before; details are indexed until then'",
+    """
+    COMMENT ON COLUMN history_tiers.complete_until IS
+        'a rollup holds every bucket that starts before; the positions of days that ended before are indexed'
+    """,
     # Of details: until when their indexes are whole.
     "COMMENT ON COLUMN history_tiers.users_done IS 'of the unit of work at complete_until, users up to this id'",
     "COMMENT ON COLUMN history_tiers.kept_from IS 'what is older has been dropped'",
