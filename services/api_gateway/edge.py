@@ -8,7 +8,7 @@ import random
 import re
 import time
 from bisect import bisect_left
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -20,7 +20,8 @@ from prometheus_client import REGISTRY, Gauge
 from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from services.api_gateway import problems
+from services.api_gateway import finished, problems
+from services.api_gateway.finished import Finished, Kind
 from services.api_gateway.problems import Problem
 from shared import logs
 from shared.database import DatabaseUnavailable, SchemaMissing
@@ -107,6 +108,7 @@ class Edge:
 
     def __post_init__(self) -> None:
         self._in_flight = 0
+        self._heads: dict[tuple[Kind, str | None], str] = {}
         self._deadlines = Deadlines(self.timeout_seconds, _cut_off)
         requests_in_flight.set_function(lambda: self._in_flight)
 
@@ -118,7 +120,7 @@ class Edge:
             response, reason = await self._answer(request, request_id)
         finally:
             self._in_flight -= 1
-        self._finish(response, request_id, request.headers)
+        response = self._finish(response, request_id, request)
         path = request.path
         self._record(
             request.method,
@@ -140,7 +142,7 @@ class Edge:
         )
         response = Problem(problems.MALFORMED_REQUEST, detail).response(request_id)
         response.force_close()
-        self._finish(response, request_id, {})
+        self._add_headers(response.headers, request_id, None)
         if not isinstance(error, HttpProcessingError):
             log.error("connection_failed", request_id=request_id, exc_info=error)
         self._record(
@@ -198,15 +200,40 @@ class Edge:
             and request.headers.get("Origin") in self.allowed_origins
         )
 
-    def _finish(self, response: web.StreamResponse, request_id: str, asked: Mapping[str, str]) -> None:
-        headers = response.headers
+    def _finish(
+        self, response: web.StreamResponse, request_id: str, request: web.Request
+    ) -> web.StreamResponse:
+        """Return the response as it is to be sent."""
+        origin = self._allowed_origin(request) if self.allowed_origins else None
+        if isinstance(response, Finished):
+            if finished.is_usual(request):
+                response.put_under(self._head(response.kind, origin), request_id)
+                return response
+            response = response.in_full()
+        self._add_headers(response.headers, request_id, origin)
+        return response
+
+    def _allowed_origin(self, request: web.Request) -> str | None:
+        origin = request.headers.get(hdrs.ORIGIN)
+        return origin if origin in self.allowed_origins else None
+
+    def _head(self, kind: Kind, origin: str | None) -> str:
+        """Return the head of a kind's answers to an allowed origin; there are few of both."""
+        head = self._heads.get((kind, origin))
+        if head is None:
+            response = web.Response(status=kind.status, headers=kind.headers)
+            self._add_headers(response.headers, "", origin)
+            head = finished.head(response.status, response.reason, response.headers)
+            self._heads[kind, origin] = head
+        return head
+
+    def _add_headers(self, headers: CIMultiDict[str], request_id: str, origin: str | None) -> None:
         headers[_X_REQUEST_ID] = request_id
         headers.update(_SECURITY_HEADERS)
         headers.setdefault(hdrs.CACHE_CONTROL, "no-store")
         if self.allowed_origins:
             headers["Vary"] = f"{headers['Vary']}, Origin" if "Vary" in headers else "Origin"
-            origin = asked.get(hdrs.ORIGIN)
-            if origin is not None and origin in self.allowed_origins:
+            if origin is not None:
                 headers["Access-Control-Allow-Origin"] = origin
                 headers["Access-Control-Expose-Headers"] = _CORS_EXPOSED
 

@@ -4,12 +4,12 @@ import hashlib
 import re
 import struct
 import zlib
-from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
-from aiohttp import web
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDictProxy
+
+from services.api_gateway.finished import Finished, Kind
 
 COMPRESSED_BYTES_MIN = 1024
 """A smaller answer gains nothing: with its headers it is one packet anyway."""
@@ -109,8 +109,7 @@ class Representation:
 
     __slots__ = (
         "_gzip",
-        "_headers",
-        "_headers_gzip",
+        "_kinds",
         "_rest",
         "_stem",
         "body",
@@ -126,31 +125,28 @@ class Representation:
         self._stem = stem
         self._rest = rest
         self._gzip: bytes | None = None
-        headers = {"Cache-Control": cache_control, "Vary": "Accept-Encoding"}
-        self._headers = _Headers(headers | {"ETag": self.entity_tag}, {})
-        self._headers_gzip = _Headers(headers | {"ETag": self.entity_tag_gzip}, {"Content-Encoding": "gzip"})
+        self._kinds = _kinds(cache_control)
 
-    def response(self, asked: CIMultiDictProxy[str]) -> web.Response:
+    def response(self, asked: CIMultiDictProxy[str]) -> Finished:
         """Return the response to a GET with these headers: 200 with the form that is wanted, or 304."""
+        plain, compressed, known_already = self._kinds
         if is_gzip_wanted(asked, len(self.body), COMPRESSED_BYTES_MIN):
-            entity_tag, headers, form = self.entity_tag_gzip, self._headers_gzip, None
+            entity_tag, kind, form = self.entity_tag_gzip, compressed, None
         else:
-            entity_tag, headers, form = self.entity_tag, self._headers, self.body
+            entity_tag, kind, form = self.entity_tag, plain, self.body
         known = asked.getall("If-None-Match", None)
         if known is not None and is_match(known[0] if len(known) == 1 else ",".join(known), entity_tag):
-            return web.Response(status=304, headers=headers.of_304)
+            return Finished(known_already, None, entity_tag)
         if form is None:
             form = self._gzip
             if form is None:
                 form = self._gzip = self._stem.gzipped(self._rest)
-        return web.Response(body=form, headers=headers.of_200)
+        return Finished(kind, form, entity_tag)
 
 
-class _Headers:
-    """The headers of one form, ready to be copied."""
-
-    __slots__ = ("of_200", "of_304")
-
-    def __init__(self, of_both: Mapping[str, str], of_the_body: Mapping[str, str]) -> None:
-        self.of_304 = CIMultiDict(of_both)
-        self.of_200 = CIMultiDict({"Content-Type": "application/json", **of_both, **of_the_body})
+@cache  # a chart has one of two
+def _kinds(cache_control: str) -> tuple[Kind, Kind, Kind]:
+    """Return the kinds of answers with this Cache-Control: plain, compressed, 304."""
+    of_all = {"Cache-Control": cache_control, "Vary": "Accept-Encoding"}
+    plain = {"Content-Type": "application/json", **of_all}
+    return Kind(200, plain), Kind(200, plain | {"Content-Encoding": "gzip"}), Kind(304, of_all)

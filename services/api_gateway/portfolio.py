@@ -8,6 +8,7 @@ from aiohttp import web
 from services.api_gateway import negotiation, problems, queries
 from services.api_gateway.auth import Verifier
 from services.api_gateway.charts import Charts
+from services.api_gateway.finished import Finished, Kind
 from services.api_gateway.performance import Timeframe
 from services.api_gateway.problems import INVALID_UNTIL, UNEXPECTED_PARAMETER, UNKNOWN_TIMEFRAME, Problem
 from services.api_gateway.queries import Source
@@ -29,6 +30,7 @@ _HEADERS = {
     "Cache-Control": "private, no-cache",
     "Vary": "Accept-Encoding",
 }
+_PLAIN, _COMPRESSED = Kind(200, _HEADERS), Kind(200, _HEADERS | {"Content-Encoding": "gzip"})
 _PLAIN_QUERIES = {"": Timeframe.ONE_DAY} | {
     f"{TIMEFRAME_PARAMETER}={timeframe}": timeframe for timeframe in Timeframe
 }
@@ -38,7 +40,7 @@ _INSTANT = re.compile(
 )
 
 
-async def current(request: web.Request) -> web.Response:
+async def current(request: web.Request) -> Finished:
     """Answer `GET /api/portfolio/current`."""
     subject = await _subject(request)
     _parameters(request, allowed=())
@@ -50,11 +52,11 @@ async def current(request: web.Request) -> web.Response:
         raise problems.user_deactivated()
     body = found.answer.encode()
     if negotiation.is_gzip_wanted(request.headers, len(body), CURRENT_COMPRESSED_BYTES_MIN):
-        return web.Response(body=negotiation.gzipped(body), headers=_HEADERS | {"Content-Encoding": "gzip"})
-    return web.Response(body=body, headers=_HEADERS)
+        return Finished(_COMPRESSED, negotiation.gzipped(body))
+    return Finished(_PLAIN, body)
 
 
-async def chart(request: web.Request) -> web.Response:
+async def chart(request: web.Request) -> Finished:
     """Answer `GET /api/portfolio/performance`."""
     subject = await _subject(request)
     charts, now = request.app[CHARTS], utc_now()
