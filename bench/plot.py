@@ -93,7 +93,7 @@ def _line(
         markersize=4.5,
     )
     # Left above a point of a rising line, or right below it; a line that becomes flat has room where it does.
-    named = len(points) // 3 if below and not marks else len(points) // 2
+    named = len(points) // 3 if below and not marks else (len(points) - 1) // 2
     panel.annotate(
         label + (" (scaled)" if estimated else ""),
         points[named],
