@@ -38,7 +38,7 @@ def drawn(parts: Mapping[str, Mapping[str, Series]], size: Size, file: Path) -> 
 
 def _snapshots(panel: Axes, series: Mapping[str, Series], size: Size) -> None:
     panel.set_title("One slot of all users", loc="left", fontweight="bold")
-    _line(panel, series["seed"], _SEED, "the seed's way", dashed_from=size.looped_users)
+    _line(panel, series["seed"], _SEED, "the seed's way", dashed_from=size.looped_users, below=True)
     _line(panel, series["limit"], _LIMIT, "limit: ready rows", below=True)
     _line(panel, series["ours"], _OURS, "ours")
     panel.axhline(_SLOT_SECONDS, color="#b0b0b0", linewidth=1, linestyle=":")
@@ -93,7 +93,7 @@ def _line(
         markersize=4.5,
     )
     # Left above a point of a rising line, or right below it; a line that becomes flat has room where it does.
-    named = len(points) // 3 if below and not marks else (len(points) - 1) // 2
+    named = len(points) // 3 if below and not marks else len(points) // 2
     panel.annotate(
         label + (" (scaled)" if estimated else ""),
         points[named],
