@@ -12,7 +12,7 @@ depends_on = None
 
 _SNAPSHOT_COLUMNS = """
     user_id INTEGER NOT NULL,
-    unpriced_positions INTEGER NOT NULL DEFAULT 0,
+    unpriced_positions SMALLINT NOT NULL DEFAULT 0,
     simulated BOOLEAN NOT NULL DEFAULT FALSE,
     total_value NUMERIC(18, 2) NOT NULL,
     cash_balance NUMERIC(18, 2) NOT NULL,
@@ -255,7 +255,8 @@ STATEMENTS = (
     """
     INSERT INTO portfolio_snapshots
         (timestamp, user_id, unpriced_positions, simulated, total_value, cash_balance, investment_value)
-    SELECT timestamp, user_id, unpriced_positions, simulated, total_value, cash_balance, investment_value
+    SELECT
+        timestamp, user_id, LEAST(unpriced_positions, 32767), simulated, total_value, cash_balance, investment_value
     FROM old_portfolio_snapshots
     ORDER BY timestamp, user_id
     """,

@@ -55,7 +55,7 @@ priced AS MATERIALIZED (
     ) AS held
     ORDER BY user_id
 ),
-valued AS (
+valued AS MATERIALIZED (
     SELECT
         user_id,
         sum(current_value) AS investment_value,
@@ -71,7 +71,7 @@ stored AS (
     SELECT
         $1,
         due.user_id,
-        COALESCE(valued.held - valued.priced, 0),
+        LEAST(COALESCE(valued.held - valued.priced, 0), 32767),
         COALESCE(valued.simulated, FALSE),
         due.cash_balance + COALESCE(valued.investment_value, 0.00),
         due.cash_balance,
@@ -97,7 +97,7 @@ reopened AS (
 )
 SELECT
     totals.portfolios,
-    (SELECT count(*) FROM priced WHERE current_value IS NOT NULL) AS positions,
+    (SELECT COALESCE(sum(priced), 0)::bigint FROM valued) AS positions,
     totals.unpriced
 FROM totals
 LEFT JOIN reopened ON TRUE
@@ -147,15 +147,18 @@ async def take_snapshots(
     `again` says that there may be such, and saves an attempt. Raises DatabaseUnavailable or SchemaMissing;
     nothing of the shard is stored then, or all of it.
     """
+    was_without_partition = False
     for _ in range(TAKE_ATTEMPTS_MAX):
         statement = TAKE_MISSING_SNAPSHOTS if again else TAKE_SNAPSHOTS
         try:
             taken = await database.fetch_row(statement, scheduled_at, shard, shards, timeout=timeout)
         except asyncpg.UniqueViolationError:
             again = True
-        except (
-            asyncpg.CheckViolationError
-        ):  # no partition for the slot: after a long rest, or with a wrong clock
+        except asyncpg.CheckViolationError:
+            # There is no partition for the slot: after a long rest, or with a wrong clock.
+            if was_without_partition:
+                raise  # it is something else
+            was_without_partition = True
             await make_partitions(database, scheduled_at, scheduled_at)
         else:
             assert taken is not None
