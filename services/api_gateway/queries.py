@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
+from itertools import pairwise
 from typing import Protocol, TypeAlias
 
 import asyncpg
@@ -117,14 +118,31 @@ _REACH = """
     SELECT
         max(complete_until) FILTER (WHERE tier = '{tier}') AS rolled_until,
         max(kept_from) FILTER (WHERE tier = '{tier}') AS kept_from,
-        max(kept_from) FILTER (WHERE tier = '{coarser}') AS coarser_kept_from
+        LEAST(
+            max(kept_from) FILTER (WHERE tier = '{tier}'), max(kept_from) FILTER (WHERE tier = '{coarser}')
+        ) AS coarser_kept_from,
+        '-infinity'::timestamptz AS beginning
     FROM history_tiers
 """
 _ROLLED = """
     SELECT bucket, total_value, unpriced_positions, simulated
     FROM portfolio_rollups_{tier}
     WHERE user_id = live.user_id AND bucket >= $2 AND bucket < $3::timestamptz + $4::interval
-        AND bucket < (SELECT {until} FROM reach)
+        AND bucket >= (SELECT kept_from FROM reach) AND bucket < (SELECT rolled_until FROM reach)
+"""
+# A coarser row stands where its snapshot lies, so that a value stays at its time when finer rows are dropped. A market
+# date may end after the window, after the time that the finer tier is kept from, or in the next one's first bucket.
+_COARSER = """
+    SELECT DISTINCT ON (bucket) bucket, total_value, unpriced_positions, simulated
+    FROM (
+        SELECT date_bin($4, timestamp, 'epoch') AS bucket, timestamp, total_value, unpriced_positions, simulated
+        FROM portfolio_rollups_{tier}
+        WHERE user_id = live.user_id AND bucket >= $2 AND bucket < $3::timestamptz + $4::interval
+            AND timestamp < $3::timestamptz + $4::interval
+            AND bucket >= (SELECT {since} FROM reach)
+            AND bucket < (SELECT {until} FROM reach) AND timestamp < (SELECT {until} FROM reach)
+    ) AS rows
+    ORDER BY bucket, timestamp DESC
 """
 # Each snapshot of the last day is a point, or nearly: they are read in order instead of probed for.
 _RAW = """
@@ -133,6 +151,7 @@ _RAW = """
         SELECT date_bin($4, timestamp, 'epoch') AS bucket, timestamp, total_value, unpriced_positions, simulated
         FROM portfolio_snapshots
         WHERE user_id = live.user_id AND timestamp >= $2 AND timestamp < $3::timestamptz + $4::interval
+            AND timestamp >= (SELECT kept_from FROM reach)
         ORDER BY timestamp
     ) AS snapshots
     ORDER BY bucket, timestamp DESC
@@ -140,7 +159,7 @@ _RAW = """
 _TAIL = """
     SELECT bucket, last.total_value, last.unpriced_positions, last.simulated
     FROM generate_series(
-        GREATEST($2::timestamptz, (SELECT rolled_until FROM reach)), $3::timestamptz, $4::interval
+        GREATEST($2::timestamptz, (SELECT GREATEST(rolled_until, kept_from) FROM reach)), $3::timestamptz, $4::interval
     ) AS bucket
     CROSS JOIN LATERAL (
         SELECT total_value, unpriced_positions, simulated
@@ -155,10 +174,11 @@ _TAIL = """
 
 def _chart_statement(tier: str, *coarser: str) -> str:
     """Compose the statement of one bucket width: its own tier, and what is left of older times."""
-    own = [_RAW] if tier == "raw" else [_ROLLED.format(tier=tier, until="rolled_until"), _TAIL]
+    own = [_RAW] if tier == "raw" else [_ROLLED.format(tier=tier), _TAIL]
+    borders = pairwise(("kept_from", "coarser_kept_from", "beginning"))
     older = [
-        _ROLLED.format(tier=name, until=until)
-        for name, until in zip(coarser, ("kept_from", "coarser_kept_from"), strict=False)
+        _COARSER.format(tier=name, since=since, until=until)
+        for name, (until, since) in zip(coarser, borders, strict=False)
     ]
     return _CHART.format(
         reach=_REACH.format(tier=tier, coarser=coarser[0]),
