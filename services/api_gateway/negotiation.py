@@ -147,6 +147,6 @@ class Representation:
 @cache  # a chart has one of two
 def _kinds(cache_control: str) -> tuple[Kind, Kind, Kind]:
     """Return the kinds of answers with this Cache-Control: plain, compressed, 304."""
-    of_all = {"Cache-Control": cache_control, "Vary": "Accept-Encoding"}
+    of_all = {"Cache-Control": cache_control, "Vary": "Accept-Encoding, Authorization"}
     plain = {"Content-Type": "application/json", **of_all}
     return Kind(200, plain), Kind(200, plain | {"Content-Encoding": "gzip"}), Kind(304, of_all)

@@ -28,7 +28,7 @@ sooner, and unlike a chart it is compressed for one request only."""
 _HEADERS = {
     "Content-Type": "application/json",
     "Cache-Control": "private, no-cache",
-    "Vary": "Accept-Encoding",
+    "Vary": "Accept-Encoding, Authorization",
 }
 _PLAIN, _COMPRESSED = Kind(200, _HEADERS), Kind(200, _HEADERS | {"Content-Encoding": "gzip"})
 _PLAIN_QUERIES = {"": Timeframe.ONE_DAY} | {

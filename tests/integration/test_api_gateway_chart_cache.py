@@ -775,7 +775,7 @@ async def test_chart_travels_compressed_and_only_when_it_has_changed(
         assert response.headers["Content-Length"] == str(len(sent))
         assert response.headers["Content-Type"] == "application/json"
         assert response.headers["Cache-Control"] == "private, no-cache"
-        assert response.headers["Vary"] == "Accept-Encoding, Origin"
+        assert response.headers["Vary"] == "Accept-Encoding, Authorization, Origin"
     for tag_of, encoding in ((plain, "identity"), (compressed, "gzip")):
         tag = tag_of.headers["ETag"]
         for known in (tag, f"W/{tag}", f'"other", {tag}', "*"):
@@ -785,7 +785,7 @@ async def test_chart_travels_compressed_and_only_when_it_has_changed(
             assert (response.status, sent) == (304, b"")
             assert response.headers["ETag"] == tag
             assert response.headers["Cache-Control"] == "private, no-cache"
-            assert response.headers["Vary"] == "Accept-Encoding, Origin"
+            assert response.headers["Vary"] == "Accept-Encoding, Authorization, Origin"
             assert response.headers["Access-Control-Allow-Origin"] == "https://app.example.com"
             assert "ETag" in response.headers["Access-Control-Expose-Headers"]
             assert "Content-Type" not in response.headers
@@ -828,7 +828,7 @@ async def test_current_portfolio_is_compressed_when_it_is_large(
     response, sent = await ask_raw(gateway, CURRENT, Accept_Encoding="gzip")
     assert (response.headers.get("Content-Encoding") == "gzip") is is_compressed
     assert (gzip.decompress(sent) if is_compressed else sent) == body
-    assert plain.headers["Vary"] == response.headers["Vary"] == "Accept-Encoding, Origin"
+    assert plain.headers["Vary"] == response.headers["Vary"] == "Accept-Encoding, Authorization, Origin"
 
 
 @pytest.mark.parametrize("query", ["until=2026-03-02T14:32:00Z", "timeframe=1W&until=2026-03-02T14:32:00.5Z"])

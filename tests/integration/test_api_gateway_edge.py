@@ -171,7 +171,7 @@ def test_seconds_are_counted_in_the_buckets_that_hold_them() -> None:
 async def test_allowed_origin_may_read_the_answer(gateway: Gateway) -> None:
     answer = await gateway.ask("GET", CURRENT, headers=bearer() | {"Origin": APP})
     assert answer.headers["Access-Control-Allow-Origin"] == APP
-    assert answer.headers["Vary"] == "Accept-Encoding, Origin"
+    assert answer.headers["Vary"] == "Accept-Encoding, Authorization, Origin"
     refused = await gateway.ask("GET", CURRENT, headers={"Origin": APP})
     assert (refused.status, refused.headers["Access-Control-Allow-Origin"]) == (401, APP)
 
@@ -180,7 +180,7 @@ async def test_allowed_origin_may_read_the_answer(gateway: Gateway) -> None:
 async def test_other_origin_may_not(gateway: Gateway, origin: str) -> None:
     answer = await gateway.ask("GET", CURRENT, headers=bearer() | {"Origin": origin})
     assert "Access-Control-Allow-Origin" not in answer.headers
-    assert answer.headers["Vary"] == "Accept-Encoding, Origin"
+    assert answer.headers["Vary"] == "Accept-Encoding, Authorization, Origin"
 
 
 async def test_preflight_of_an_allowed_origin_is_answered(gateway: Gateway) -> None:

@@ -18,7 +18,9 @@ from services.api_gateway.negotiation import Representation, Stem
 from tests.waiting import eventually
 
 APP = "https://app.example.com"
-OWN = Kind(200, {"Content-Type": "application/json", "Vary": "Accept-Encoding", "X-Share": "100 %s %"})
+OWN = Kind(
+    200, {"Content-Type": "application/json", "Vary": "Accept-Encoding, Authorization", "X-Share": "100 %s %"}
+)
 UNMARKED = Kind(200, {"Content-Type": "application/json"})
 CHART = Representation(Stem(b"[" + b"1," * 1000), b"1]", cache_control="private, no-cache")
 LARGE = b"x" * 20_000_000  # more than the kernel takes from the one and keeps for the other

@@ -110,7 +110,7 @@ def test_long_answer_is_compressed_for_who_accepts_it() -> None:
         assert response.status == 200
         assert response.headers["Content-Type"] == "application/json"
         assert response.headers["Cache-Control"] == "private, no-cache"
-        assert response.headers["Vary"] == "Accept-Encoding"
+        assert response.headers["Vary"] == "Accept-Encoding, Authorization"
 
 
 def test_compressed_form_is_made_once() -> None:
@@ -152,6 +152,6 @@ def test_each_form_has_its_own_entity_tag(accept_encoding: str, known: str, stat
         assert response.body is None
         assert dict(response.headers) == {
             "Cache-Control": "private, no-cache",
-            "Vary": "Accept-Encoding",
+            "Vary": "Accept-Encoding, Authorization",
             "ETag": tag,
         }
