@@ -2,12 +2,11 @@
 
 from typing import Annotated
 from urllib.parse import parse_qs, urlsplit
-from zoneinfo import ZoneInfo
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
-from shared.settings import DatabaseUrl, JwtSecret, Port, ServiceSettings
+from shared.settings import DatabaseUrl, JwtSecret, Port, ServiceSettings, Timezone
 
 
 def _http_url(value: str) -> str:
@@ -44,14 +43,6 @@ def _single_server(url: SecretStr) -> SecretStr:
     return url
 
 
-def _known_timezone(name: str) -> str:
-    try:
-        ZoneInfo(name)
-    except (KeyError, OSError, ValueError) as error:
-        raise ValueError("an IANA time zone, such as America/New_York") from error
-    return name
-
-
 class Settings(ServiceSettings):
     """The API gateway. Exactly one of JWT_SECRET and JWT_JWKS_URL says which tokens it trusts."""
 
@@ -70,7 +61,7 @@ class Settings(ServiceSettings):
     )
     jwt_issuer: str | None = Field(default=None, description="The `iss` that tokens must have; unset: any.")
     jwt_audience: str | None = Field(default=None, description="The `aud` that tokens must have; unset: any.")
-    market_timezone: Annotated[str, AfterValidator(_known_timezone)] = Field(
+    market_timezone: Timezone = Field(
         default="America/New_York", description="Time zone of the market dates that daily charts are made of."
     )
     cors_allowed_origins: Annotated[
