@@ -10,7 +10,10 @@ from shared.settings import Port, ServiceSettings, Timezone
 
 MINUTES_MIN = 0.01
 MINUTES_MAX = 24 * 60
-DAYS_MAX = 36_500
+# What has been measured, and not more: with more partitions every plan and every deletion of a user takes longer.
+SNAPSHOT_DAYS_MAX = 730
+POSITION_DAYS_MAX = 400
+ROLLUP_DAYS_MAX = 3650
 
 
 class Settings(ServiceSettings):
@@ -28,14 +31,14 @@ class Settings(ServiceSettings):
     market_timezone: Timezone = Field(
         default="America/New_York", description="Time zone of the market dates that daily charts are made of."
     )
-    snapshot_retention_days: Annotated[int, Field(ge=8, le=DAYS_MAX)] = Field(
+    snapshot_retention_days: Annotated[int, Field(ge=8, le=SNAPSHOT_DAYS_MAX)] = Field(
         default=100, description="Days that every snapshot is kept; half-hourly rollups as well."
     )
-    position_retention_days: Annotated[int, Field(ge=1, le=DAYS_MAX)] = Field(
+    position_retention_days: Annotated[int, Field(ge=1, le=POSITION_DAYS_MAX)] = Field(
         default=35,
         description="Days that the positions of a snapshot are kept, at most as long as snapshots.",
     )
-    rollup_retention_days: Annotated[int, Field(ge=92, le=DAYS_MAX)] = Field(
+    rollup_retention_days: Annotated[int, Field(ge=92, le=ROLLUP_DAYS_MAX)] = Field(
         default=400,
         description="Days that hourly and three-hourly rollups are kept; daily ones stay for ever.",
     )
@@ -43,7 +46,7 @@ class Settings(ServiceSettings):
     @field_validator("position_retention_days")
     @classmethod
     def _positions_belong_to_snapshots(cls, days: int, info: ValidationInfo) -> int:
-        if days > info.data.get("snapshot_retention_days", DAYS_MAX):
+        if days > info.data.get("snapshot_retention_days", SNAPSHOT_DAYS_MAX):
             raise ValueError("at most SNAPSHOT_RETENTION_DAYS: positions belong to their snapshot")
         return days
 

@@ -102,3 +102,17 @@ def test_a_url_that_leads_nowhere_stops_the_start(
 def test_a_secret_is_not_shown_when_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", GOOD)
     assert "hidden" not in repr(settings.load(Settings))
+
+
+def test_retention_ends_where_it_has_been_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", GOOD)
+    longest = {"SNAPSHOT": 730, "POSITION": 400, "ROLLUP": 3650}
+    for what, days in longest.items():
+        monkeypatch.setenv(f"{what}_RETENTION_DAYS", str(days))
+    assert settings.load(Settings).upkeep.rollups_for.days == 3650
+    for what, days in longest.items():
+        monkeypatch.setenv(f"{what}_RETENTION_DAYS", str(days + 1))
+    said = problems()
+    assert len(said) == 3
+    for what, days in longest.items():
+        assert any(f"{what}_RETENTION_DAYS" in line and f"equal to {days}" in line for line in said)
