@@ -207,6 +207,22 @@ async def complete_until(database: Database) -> dict[str, datetime | None]:
     return {row["tier"]: row["complete_until"] for row in rows}
 
 
+async def lacking_since(database: Database) -> dict[str, datetime]:
+    """Return for each rollup since when it lacks something: before its first day, all that there is room for."""
+    rows = await database.fetch(
+        """
+        SELECT
+            tier,
+            COALESCE(
+                NULLIF(complete_until, '-infinity'), (SELECT min(starts_at) FROM history_partitions('raw'))
+            ) AS since
+        FROM history_tiers
+        WHERE tier NOT IN ('raw', 'details')
+        """
+    )
+    return {row["tier"]: row["since"] for row in rows if row["since"]}
+
+
 async def steady_since(database: Database, now: datetime) -> datetime:
     """Record that it is `now`; return since when the clock has not leapt.
 

@@ -2,13 +2,15 @@
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from prometheus_client import Counter, Gauge
 
 from services.snapshotter import history, queries
-from services.snapshotter.history import ROLLUPS
+from services.snapshotter.history import ROLLUPS, Rollup
 from shared import clock, lifecycle, logs
 from shared.database import Database, DatabaseUnavailable, SchemaMissing
 
@@ -112,51 +114,77 @@ async def _round(database: Database, upkeep: Upkeep, stop: asyncio.Event) -> Don
 async def keep(database: Database, upkeep: Upkeep, now: datetime, stop: asyncio.Event) -> Done:
     """Do all that is due at `now`, in steps, ending early between two of them once `stop` is set.
 
-    Raises DatabaseUnavailable or SchemaMissing; the steps before it stay done.
+    A part that cannot be done stops no other. Raises DatabaseUnavailable at the end, naming such parts, or
+    SchemaMissing at once; the steps that went well stay done.
     """
-    made = await queries.make_partitions(database, now, now + AHEAD)
-    partitions_made.inc(made)
-    await history.index_details(database, now)
-    rolled_up = await _roll_up(database, upkeep, now, stop)
-    dropped, held = await _drop_expired(database, upkeep, now, stop)
+    failed: dict[str, DatabaseUnavailable] = {}
+
+    @contextmanager
+    def part(name: str) -> Iterator[None]:
+        try:
+            yield
+        except DatabaseUnavailable as error:
+            failed[name] = error
+
+    made, rolled_up, dropped, held, is_steady = 0, 0, 0, False, False
+    with part("partitions"):
+        made = await queries.make_partitions(database, now, now + AHEAD)
+        partitions_made.inc(made)
+    with part("indexes of positions"):
+        await history.index_details(database, now)
+    due_until = now - upkeep.interval - SETTLED_AFTER
+    for rollup in ROLLUPS:
+        with part(f"rollup {rollup.tier}"):
+            rolled_up += await _roll_up(database, rollup, due_until, upkeep.market_timezone, stop)
+        # However the rollup went, and before the next one, which may have much to catch up with.
+        with part("lag of rollups"):
+            await _measure_lag(database, due_until)
+    with part("clock"):
+        is_steady = now - await history.steady_since(database, now) >= STEADY_FOR
+    for tier, kept_for in upkeep.kept_for.items():
+        with part(f"retention of {tier}"):
+            expired = await history.expired_partitions(database, tier, now - kept_for)
+            held |= bool(expired) and not is_steady
+            partitions_expired.labels(tier).set(len(expired))
+            if is_steady:
+                dropped += await _drop_expired(database, tier, expired, now - kept_for, stop)
+    if failed:
+        raise DatabaseUnavailable("; ".join(f"{name}: {error}" for name, error in failed.items()))
     return Done(made, rolled_up, dropped, held)
 
 
-async def _roll_up(database: Database, upkeep: Upkeep, now: datetime, stop: asyncio.Event) -> int:
-    due_until = now - upkeep.interval - SETTLED_AFTER
+async def _roll_up(
+    database: Database, rollup: Rollup, due_until: datetime, market_timezone: str, stop: asyncio.Event
+) -> int:
     rows = 0
-    for rollup in ROLLUPS:
-        while not stop.is_set():
-            step = await history.roll_up(database, rollup, due_until, upkeep.market_timezone)
-            if step is None:
-                break
-            rows += step.rows
-            rows_rolled_up.labels(rollup.tier).inc(step.rows)
-    for tier, complete_until in (await history.complete_until(database)).items():
-        # A day is due when it has ended: until then it is not behind.
-        behind = due_until - complete_until - timedelta(days=1) if complete_until else timedelta(0)
-        rollup_lag.labels(tier).set(max(behind.total_seconds(), 0))
+    while not stop.is_set():
+        step = await history.roll_up(database, rollup, due_until, market_timezone)
+        if step is None:
+            break
+        rows += step.rows
+        rows_rolled_up.labels(rollup.tier).inc(step.rows)
     return rows
 
 
+async def _measure_lag(database: Database, due_until: datetime) -> None:
+    for tier, since in (await history.lacking_since(database)).items():
+        # A day is due when it has ended: until then it is not behind.
+        behind = due_until - since - timedelta(days=1)
+        rollup_lag.labels(tier).set(max(behind.total_seconds(), 0))
+
+
 async def _drop_expired(
-    database: Database, upkeep: Upkeep, now: datetime, stop: asyncio.Event
-) -> tuple[int, bool]:
-    is_steady = now - await history.steady_since(database, now) >= STEADY_FOR
-    dropped, held = 0, False
-    for tier, kept_for in upkeep.kept_for.items():
-        keep_from = now - kept_for
-        expired = await history.expired_partitions(database, tier, keep_from)
-        held |= bool(expired) and not is_steady
-        left = len(expired)
-        for name in expired if is_steady else ():
-            if stop.is_set() or not await _drop(database, tier, name, keep_from, stop):
-                break
-            left -= 1
-            dropped += 1
-            partitions_dropped.labels(tier).inc()
-        partitions_expired.labels(tier).set(left)
-    return dropped, held
+    database: Database, tier: str, expired: list[str], keep_from: datetime, stop: asyncio.Event
+) -> int:
+    """Drop the partitions in their order until one stays; return how many went."""
+    dropped = 0
+    for name in expired:
+        if stop.is_set() or not await _drop(database, tier, name, keep_from, stop):
+            break
+        dropped += 1
+        partitions_dropped.labels(tier).inc()
+        partitions_expired.labels(tier).dec()
+    return dropped
 
 
 async def _drop(database: Database, tier: str, name: str, keep_from: datetime, stop: asyncio.Event) -> bool:

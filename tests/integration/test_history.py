@@ -12,6 +12,7 @@ import asyncpg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prometheus_client import Gauge
 
 from services.snapshotter import history, queries, upkeep
 from services.snapshotter.history import ROLLUPS, Rollup
@@ -511,6 +512,39 @@ async def test_change_of_the_market_time_zone_does_no_harm(database: Database) -
         assert buckets["03-06 10:00"] == "03-07 06:00"
         assert buckets["03-08 10:00"] == "03-09 06:00"
         assert all(row["timestamp"] >= row["bucket"] for row in rows)
+
+
+def gauge(metric: Gauge, tier: str) -> float:
+    (family,) = metric.collect()
+    (value,) = (sample.value for sample in family.samples if sample.labels == {"tier": tier})
+    return value
+
+
+async def test_part_that_cannot_be_done_stops_no_other(database: Database, database_url: str) -> None:
+    """A user is locked: no rollup can be made, but room is, and what is expired of the rest goes."""
+    await old_history(database)
+    now = MONDAY + 28 * DAY
+    await steady_clock(database, now)
+    async with another_session(database_url) as holder:
+        await holder.execute("BEGIN")
+        await holder.execute("SELECT FROM users FOR UPDATE")
+        with pytest.raises(DatabaseUnavailable) as raised:
+            await keep(database, now, policy(14, 10))
+        assert [part.split(":")[0] for part in str(raised.value).split("; ")] == ["rollup 30m", "rollup 1d"]
+        assert await queries.make_partitions(database, now, now + 7 * DAY) == 0
+        # Positions for 10 days of 28; snapshots are not rolled up, and stay.
+        assert await database.fetch_value("SELECT min(timestamp) FROM position_snapshots") == at(
+            "03-20 12:00"
+        )
+        assert await database.fetch_value("SELECT count(*) FROM portfolio_snapshots") == 28
+        # From Monday, when the first week begins, to a day and a quarter of an hour before now.
+        assert gauge(upkeep.rollup_lag, "1d") == (27 * DAY - timedelta(minutes=15)).total_seconds()
+        assert gauge(upkeep.partitions_expired, "details") == 0
+        with pytest.raises(DatabaseUnavailable, match="rollup 30m"):
+            await keep(database, now + HOUR, policy(14, 10))
+        assert gauge(upkeep.rollup_lag, "30m") == (27 * DAY + timedelta(minutes=45)).total_seconds()
+    assert (await keep(database, now + HOUR, policy(14, 10))).dropped == 2
+    assert gauge(upkeep.rollup_lag, "30m") == gauge(upkeep.rollup_lag, "1d") == 0
 
 
 # ---- rollups: in steps, by several, and cut off ----------------------------------------------------
