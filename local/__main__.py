@@ -125,7 +125,7 @@ def _load(loaded: LocalSettings, users: int, days: int) -> int:
         return 0
     policy = SnapshotterSettings.model_validate({"database_url": running.database_url}).upkeep
     try:
-        stored = asyncio.run(
+        filled = asyncio.run(
             load.load(
                 running.database_url,
                 policy,
@@ -140,7 +140,8 @@ def _load(loaded: LocalSettings, users: int, days: int) -> int:
         return _failed(str(error))
     last = f"{load.SUBJECT_PREFIX}{users:06}"
     say(
-        f"{users:,} users have {stored:,} snapshots of {days:,} days; `make token USER={last}` prints a token"
+        f"{users:,} users have {filled.snapshots:,} snapshots from {filled.begins_at:%Y-%m-%d} on; "
+        f"`make token USER={last}` prints a token"
     )
     return 0
 

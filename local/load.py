@@ -8,14 +8,16 @@ import asyncio
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
-from datetime import datetime, timedelta
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from itertools import groupby
 from pathlib import Path
 
 from services.snapshotter import upkeep
 from services.snapshotter.upkeep import Upkeep
 from shared import database as databases
 from shared.clock import last_boundary
-from shared.database import Database
+from shared.database import Connection, Database
 
 SUBJECT_PREFIX = "load-"
 COUNT_MAX = 999_999
@@ -24,6 +26,7 @@ DETAILS_REACH = timedelta(days=1)
 """Positions are stored for so long only: they would be ten times the rest."""
 ROWS_AT_ONCE = 200_000
 USERS_DELETED_AT_ONCE = 50
+ROUNDS_MAX = 100
 SNAPSHOT_BYTES = 135
 """Of one row with its index and its share of the rollups."""
 TIMEOUT_SECONDS = 600.0
@@ -32,14 +35,23 @@ Progress = Callable[[str, float], None]
 """Is told what is being done, and how much of it is done, from 0 to 1."""
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What has been filled in."""
+
+    snapshots: int
+    begins_at: datetime
+    """The first slot; later than asked for where what is older has been dropped already."""
+
+
 class LoadRefused(Exception):
     """The history cannot be filled; the text says why."""
 
 
 async def load(
     database_url: str, policy: Upkeep, now: datetime, *, users: int, days: int, disk: Path, progress: Progress
-) -> int:
-    """Add users with a history of so many days; return how many snapshots were stored.
+) -> Loaded:
+    """Add users with a history of so many days, except for what is older than history is still kept.
 
     Raises LoadRefused when there is no price yet, no room, or when such users are there already.
     """
@@ -50,15 +62,21 @@ async def load(
             f"there is no room: it takes about {needed / 1e9:.1f} GB, and as much should stay free"
         )
     async with _connected(database_url) as database:
+        kept_from = await database.fetch_value(_KEPT_FROM)
+        slots = [slot for slot in slots if kept_from is None or slot >= kept_from]
+        if not slots:
+            raise LoadRefused("all of that time has been dropped already")
         await _create_users(database, users)
         await _walk_prices(database, slots)
-        stored = 0
-        at_once = max(1, ROWS_AT_ONCE // users)
-        for start in range(0, len(slots), at_once):
-            batch = slots[start : start + at_once]
-            stored += await _store(database, batch[0], batch[-1], now - DETAILS_REACH)
-            progress(f"snapshots of {users:,} users", stored / (len(slots) * users))
+        # What is there already stays until it has been rolled up together with what comes.
         await database.fetch("SELECT reopen_history($1)", slots[0])
+        stored, begins_at = 0, slots[-1]
+        for _, week in groupby(slots, week_of):
+            batch = list(week)
+            rows = await _store_week(database, batch, now - DETAILS_REACH, max(1, ROWS_AT_ONCE // users))
+            stored += rows
+            begins_at = min(begins_at, batch[0]) if rows else begins_at
+            progress(f"snapshots of {users:,} users", stored / (len(slots) * users))
     async with _connected(database_url, connections_max=2) as database:
         await _roll_up(database, policy, now, slots[0], progress)
         for table in (
@@ -66,7 +84,7 @@ async def load(
             *(f"portfolio_rollups_{tier}" for tier in ("30m", "1h", "3h", "1d")),
         ):
             await database.fetch(f"VACUUM (ANALYZE) {table}", timeout=TIMEOUT_SECONDS)
-    return stored
+    return Loaded(stored, begins_at)
 
 
 async def unload(database_url: str, progress: Progress) -> int:
@@ -173,17 +191,47 @@ async def _walk_prices(database: Database, slots: list[datetime]) -> None:
     await database.fetch("ANALYZE past_prices", timeout=TIMEOUT_SECONDS)
 
 
-async def _store(database: Database, first: datetime, last: datetime, details_since: datetime) -> int:
+_KEPT_FROM = "SELECT NULLIF(kept_from, '-infinity') FROM history_tiers WHERE tier = 'raw'"
+
+
+def week_of(slot: datetime) -> date:
+    """Return the Monday, UTC, at which the partition of the slot begins."""
+    day = slot.astimezone(UTC).date()
+    return day - timedelta(days=day.weekday())
+
+
+async def _store_week(
+    database: Database, slots: list[datetime], details_since: datetime, slots_at_once: int
+) -> int:
+    """Store slots of one week; return how many snapshots, none when the week has been dropped already.
+
+    A running snapshotter rolls up what it sees and drops what is expired then, as some of this is. So it sees a
+    week's partition when the week is complete, and never finds it rolled up before.
+    """
+    stored = 0
+    async with database.transaction() as connection:
+        # From here to the commit nobody rolls anything up or drops anything.
+        await connection.execute("SELECT reopen_history($1)", slots[0], timeout=TIMEOUT_SECONDS)
+        kept_from = await connection.fetchval(_KEPT_FROM)
+        if kept_from is not None and slots[0] < kept_from:
+            return 0
+        for start in range(0, len(slots), slots_at_once):
+            some = slots[start : start + slots_at_once]
+            stored += await _store(connection, some[0], some[-1], details_since)
+    return stored
+
+
+async def _store(connection: Connection, first: datetime, last: datetime, details_since: datetime) -> int:
     """Value the portfolios at past prices as the snapshotter values them at current ones."""
     details_from = max(first, details_since)
-    await database.fetch(
+    await connection.execute(
         "SELECT make_history_partitions($1, $2, '{raw}')", first, last, timeout=TIMEOUT_SECONDS
     )
     if details_from <= last:
-        await database.fetch(
+        await connection.execute(
             "SELECT make_history_partitions($1, $2, '{details}')", details_from, last, timeout=TIMEOUT_SECONDS
         )
-    stored: int = await database.fetch_value(
+    stored: int = await connection.fetchval(
         """
         WITH valued AS MATERIALIZED (
             SELECT at, users.id AS user_id, cash_balance, ticker, shares, cost_basis, price,
@@ -228,17 +276,27 @@ async def _roll_up(
 ) -> None:
     """Do the upkeep until the rollups are complete; a running snapshotter does its share."""
     going = asyncio.Event()
-    work = asyncio.create_task(upkeep.keep(database, policy, now, going))
-    while not work.done():
-        await asyncio.wait({work}, timeout=1.0)
-        behind = await database.fetch_value(
-            """
-            SELECT extract(epoch FROM $1 - min(greatest(complete_until, $2)))
-            FROM history_tiers
-            WHERE tier NOT IN ('raw', 'details')
-            """,
-            now,
-            first,
-        )
-        progress("rollups", 1 - float(behind) / (now - first).total_seconds())
-    await work
+    for _ in range(ROUNDS_MAX):
+        work = asyncio.create_task(upkeep.keep(database, policy, now, going))
+        while not work.done():
+            await asyncio.wait({work}, timeout=1.0)
+            behind = await _behind(database, now, first)
+            progress("rollups", 1 - behind / (now - first))
+        await work
+        # What is not due: a date of the market, which may have 25 hours, and what is not settled.
+        if behind <= timedelta(hours=25) + policy.interval + upkeep.SETTLED_AFTER:
+            break
+    progress("rollups", 1)
+
+
+async def _behind(database: Database, now: datetime, first: datetime) -> timedelta:
+    behind: timedelta = await database.fetch_value(
+        """
+        SELECT $1 - min(greatest(complete_until, $2))
+        FROM history_tiers
+        WHERE tier NOT IN ('raw', 'details')
+        """,
+        now,
+        first,
+    )
+    return behind

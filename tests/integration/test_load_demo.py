@@ -1,14 +1,19 @@
 """`make load-demo`: users with a history, on a real database."""
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import pytest
 
 from local import load
 from local.load import LoadRefused
+from services.snapshotter import history, upkeep
 from services.snapshotter.upkeep import Upkeep
+from shared import database as databases
 from shared.clock import last_boundary, utc_now
 from shared.database import Database
 from tests.factories import create_user, set_price
@@ -28,7 +33,7 @@ async def loaded(
 ) -> tuple[int, list[float]]:
     """Load; return the snapshots stored and the progress reported."""
     parts: list[float] = []
-    stored = await load.load(
+    filled = await load.load(
         database_url,
         POLICY,
         utc_now(),
@@ -37,7 +42,7 @@ async def loaded(
         disk=folder,
         progress=lambda _, part: parts.append(part),
     )
-    return stored, parts
+    return filled.snapshots, parts
 
 
 def test_slots_are_as_dense_as_they_are_kept() -> None:
@@ -59,7 +64,7 @@ async def test_history_ends_where_the_live_values_begin(
     stored, parts = await loaded(database_url, tmp_path)
     slots = list(load.history_slots(utc_now(), timedelta(days=DAYS), POLICY))
     assert abs(stored - 4 * len(slots)) <= 4  # a slot may have begun meanwhile
-    assert parts[-1] == pytest.approx(1, abs=0.5)
+    assert parts[-1] == 1
     newest = await database.fetch(
         """
         SELECT snapshot.total_value, valuation.total_value AS live, snapshot.simulated
@@ -95,6 +100,75 @@ async def test_history_ends_where_the_live_values_begin(
     yesterday = last_boundary(utc_now(), timedelta(days=1)) - timedelta(days=1)
     hours = "SELECT count(*) FROM portfolio_rollups_1h WHERE bucket BETWEEN $1 AND $2"
     assert await database.fetch_value(hours, yesterday, yesterday + timedelta(hours=23)) == 4 * 24
+
+
+async def test_retention_meanwhile_loses_nothing_of_what_is_filled(
+    database: Database, database_url: str, tmp_path: Path
+) -> None:
+    """A snapshotter is running: after each week it rolls up, and drops all that is older than two days."""
+    await set_price(database, "AAPL", "10")
+    now = utc_now()
+    await history.steady_since(database, now)
+    await database.fetch("UPDATE history_clock SET steady_since = $1", now - upkeep.STEADY_FOR)
+    dropped = []
+
+    async def snapshotters_round() -> None:
+        async with databases.connect(database_url, application_name="snapshotter", connections_max=1) as own:
+            dropped.append((await upkeep.keep(own, POLICY, now, asyncio.Event())).dropped)
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+
+        def meanwhile(doing: str, _: float) -> None:
+            if doing != "rollups":
+                thread.submit(asyncio.run, snapshotters_round()).result(timeout=60)
+
+        filled = await load.load(
+            database_url,
+            POLICY,
+            now,
+            users=2,
+            days=24,
+            disk=tmp_path,
+            progress=meanwhile,
+        )
+    slots = list(load.history_slots(now, timedelta(days=24), POLICY))
+    assert sum(dropped[:3]) >= 2  # weeks, and before the last of at least four was filled
+    assert await database.fetch_value("SELECT min(timestamp) FROM portfolio_snapshots") > slots[0]
+    assert filled.snapshots == 2 * len(slots)
+    assert filled.begins_at == slots[0]
+    zone = ZoneInfo(POLICY.market_timezone)
+    today = (now - timedelta(minutes=20)).astimezone(zone).date()
+    last = {slot.astimezone(zone).date(): slot for slot in slots}
+    for user_id in [row["id"] for row in await database.fetch("SELECT id FROM users")]:
+        days = await database.fetch(
+            "SELECT bucket, timestamp FROM portfolio_rollups_1d WHERE user_id = $1", user_id
+        )
+        assert {row["bucket"].astimezone(zone).date(): row["timestamp"] for row in days} == {
+            day: slot for day, slot in last.items() if day < today
+        }
+        hours = await database.fetch(
+            "SELECT bucket FROM portfolio_rollups_1h WHERE user_id = $1 AND bucket < $2",
+            *(user_id, last_boundary(now, timedelta(days=1)) - timedelta(days=1)),
+        )
+        assert {row["bucket"] for row in hours} == {
+            last_boundary(slot, timedelta(hours=1))
+            for slot in slots
+            if slot < last_boundary(now, timedelta(days=1)) - timedelta(days=1)
+        }
+
+
+async def test_history_begins_where_it_is_still_kept(
+    database: Database, database_url: str, tmp_path: Path
+) -> None:
+    await set_price(database, "AAPL", "10")
+    now = utc_now()
+    kept_from = last_boundary(now, timedelta(days=1)) - timedelta(days=now.weekday() + 7)  # a Monday
+    await database.fetch("UPDATE history_tiers SET kept_from = $1 WHERE tier = 'raw'", kept_from)
+    filled = await load.load(
+        database_url, POLICY, now, users=1, days=24, disk=tmp_path, progress=lambda *_: None
+    )
+    assert filled.begins_at == kept_from
+    assert await database.fetch_value("SELECT min(timestamp) FROM portfolio_snapshots") == kept_from
 
 
 async def test_second_load_is_refused_until_the_first_is_deleted(
