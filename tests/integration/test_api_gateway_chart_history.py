@@ -212,6 +212,18 @@ async def test_market_date_whose_snapshot_lies_after_the_window_has_no_point_in_
     assert await points(database, user_id, window) == [("2025-01-02T01:00:00Z", "200.00", False)]
 
 
+async def test_market_dates_that_meet_in_one_bucket_have_its_last_value(database: Database) -> None:
+    """New York's 1 January ends at 05:00 of the 2nd, within the three hours from 03:00."""
+    user_id = await create_user(database)
+    midnight = datetime(2025, 1, 2, 5, tzinfo=UTC)
+    await add_snapshots(database, user_id, [(midnight - FIVE_MINUTES, 10_000), (midnight, 20_000)])
+    window = performance.buckets_until(Timeframe.THREE_MONTHS, midnight + DAY, NEW_YORK)
+    shown = await points(database, user_id, window)
+    assert shown == [("2025-01-02T03:00:00Z", "200.00", False)]
+    await keep(database, kept_for(8, 92), midnight + timedelta(days=150))
+    assert await points(database, user_id, window) == shown
+
+
 async def test_no_time_stands_twice_when_tiers_overlap_in_reopened_history(database: Database) -> None:
     """Of 8 days snapshots are left from Monday 30 March, half hours from 1 April; then those are made again.
 

@@ -301,6 +301,7 @@ async def test_answer_is_private_and_may_not_be_sniffed_or_framed(
     await create_user(database)
     answer = await gateway.get(CURRENT)
     assert answer.headers["Cache-Control"] == "private, no-cache"
+    assert answer.headers["Vary"] == "Accept-Encoding, Authorization"
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert answer.headers["X-Frame-Options"] == "DENY"
     assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
