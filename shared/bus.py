@@ -472,11 +472,11 @@ def _stream_config(stream: Stream) -> StreamConfig:
     return StreamConfig(
         name=stream.name,
         subjects=list(stream.subjects),
-        storage=StorageType.FILE,
+        storage=StorageType.MEMORY if stream.in_memory else StorageType.FILE,
         discard=DiscardPolicy.OLD,
-        max_msgs_per_subject=1 if stream.last_value_only else -1,
+        max_msgs_per_subject=stream.messages_per_subject or -1,
         max_age=stream.max_age.total_seconds() if stream.max_age else None,
-        duplicate_window=DUPLICATE_WINDOW.total_seconds(),
+        duplicate_window=min(DUPLICATE_WINDOW, stream.max_age or DUPLICATE_WINDOW).total_seconds(),
         allow_direct=True,
     )
 

@@ -12,7 +12,7 @@ from asyncpg.pool import PoolConnectionProxy
 from shared import logs
 from shared.deadlines import Deadlines
 
-SCHEMA_REVISION = "0002"
+SCHEMA_REVISION = "0003"
 """The migration that this code needs; a database may be ahead of it."""
 
 CONNECT_TIMEOUT_SECONDS = 3.0

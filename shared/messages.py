@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from shared.money import Price
+from shared.money import Money, Price
 
 Symbol = Annotated[str, StringConstraints(min_length=1, max_length=32, pattern=r"^[!-~]+$")]
 """The instrument at the venue: `AAPL`, `BRK.B`, `BTC/USD`. Printable ASCII without spaces, as `positions.ticker`."""
@@ -32,12 +32,23 @@ def asset_class(symbol: str) -> AssetClass:
 ALL_PRICES = "prices.v1.>"
 SNAPSHOT_DUE = "timer.v1.snapshot"
 SNAPSHOTS_TAKEN = "portfolio.v1.snapshots_taken"
+SNAPSHOT_REQUESTED = "portfolio.v1.snapshot_requested"
+REQUESTED_SNAPSHOT_TAKEN = "portfolio.v1.requested_snapshot_taken"
 FEED_STATUS = "feed.v1.status"
+PRICES_CONFIRMED = "feed.v1.confirmed"
+PRICES_REQUESTED = "feed.v1.prices_requested"
+REFRESH_REQUESTED = "feed.v1.refresh_requested"
+ALL_TICKETS = "gateway.v1.tickets.*"
 
 
 def price_subject(symbol: str) -> str:
     """Return the subject of a symbol's ticks: `prices.v1.equity.BRK_2EB` for `BRK.B`."""
     return f"prices.v1.{asset_class(symbol)}.{symbol_token(symbol)}"
+
+
+def ticket_subject(digest: str) -> str:
+    """Return the subject of a ticket that a gateway gave out; `digest` is one token."""
+    return f"gateway.v1.tickets.{digest}"
 
 
 def symbol_token(symbol: str) -> str:
@@ -96,11 +107,37 @@ class SnapshotsTaken(Message):
     unpriced: int
 
 
+class SnapshotRequested(Message):
+    """A user wants a snapshot now. A request on `portfolio.v1.snapshot_requested`; the answer is `SnapshotTaken`.
+
+    Refused with 429 while the user's last request is too young, 404 for an unknown user, 403 for a deactivated one.
+    """
+
+    user_id: int
+    requested_at: AwareDatetime = Field(description="Becomes the snapshot's timestamp.")
+
+
+class SnapshotTaken(Message):
+    """A user's requested snapshot is committed. On `portfolio.v1.requested_snapshot_taken`."""
+
+    user_id: int
+    timestamp: AwareDatetime
+    total_value: Money
+    cash_balance: Money
+    investment_value: Money
+    unpriced_positions: int = Field(ge=0, description="Positions without a price, left out of the values.")
+    simulated: bool = Field(description="A price behind it comes from a market simulator.")
+
+
 class FeedState(StrEnum):
     LIVE = "live"
+    """Every symbol that may be streamed is, and what is streamed is heard."""
     POLLING = "polling"
+    """Prices are asked for on every interval; streams are off, away or not whole."""
     STALE = "stale"
+    """No price was confirmed for a while, though the market is open."""
     MARKET_CLOSED = "market_closed"
+    """Only session-bound symbols are held, and there is no session."""
     STOPPED = "stopped"
 
 
@@ -110,6 +147,69 @@ class FeedStatus(Message):
     state: FeedState
     since: AwareDatetime
     detail: str
+    streamed: int = Field(default=0, ge=0, description="Held symbols whose trades are streamed.")
+    polled: int = Field(default=0, ge=0, description="Held symbols that are polled alone.")
+
+
+class PricesConfirmed(Message):
+    """The last prices of these symbols are still the last. On `feed.v1.confirmed`, after every polling round.
+
+    A `PriceTick` confirms its own symbol at `received_at`. A price that nothing has confirmed for five minutes, while
+    its market is open, is stale.
+    """
+
+    confirmed_at: AwareDatetime
+    symbols: tuple[Symbol, ...]
+
+
+class PricesRequested(Message):
+    """What do these symbols cost? A request on `feed.v1.prices_requested`; the answer is `PricesReply`."""
+
+    symbols: tuple[Symbol, ...] = Field(min_length=1, max_length=1000)
+
+
+class CurrentPrice(PriceTick):
+    """A symbol's last price, and when the feed last confirmed that it is the last."""
+
+    confirmed_at: AwareDatetime
+
+
+class PricesReply(Message):
+    """The prices that are known, in the order of the request, and the symbols without one."""
+
+    prices: tuple[CurrentPrice, ...]
+    unknown: tuple[Symbol, ...]
+
+
+class RefreshRequested(Message):
+    """A user wants the prices of what he holds now. A request on `feed.v1.refresh_requested`.
+
+    The answer is `PricesRefreshed`. Refused with 429 while the user's last request is too young, 404 for an unknown
+    user, 503 while prices cannot be asked for.
+    """
+
+    user_id: int
+    requested_at: AwareDatetime
+
+
+class PricesRefreshed(Message):
+    """The market was asked for the prices of a user's symbols."""
+
+    refreshed_at: AwareDatetime
+    symbols: int = Field(ge=0, description="Symbols that the user holds.")
+    confirmed: int = Field(
+        ge=0, description="Of these, how many have a price that is now known to be the last."
+    )
+    changed: int = Field(ge=0, description="Of these, how many have another price than before.")
+    rejected: int = Field(ge=0, description="Symbols for which the market had no usable price.")
+
+
+class StreamTicket(Message):
+    """What a ticket to the portfolio stream stands for. On `gateway.v1.tickets.<digest of the ticket>`, taken once."""
+
+    subject: str = Field(description="Whose portfolio, as the bearer token said.")
+    ticket_expires_at: AwareDatetime
+    token_expires_at: AwareDatetime
 
 
 # ---- streams -------------------------------------------------------------------------------------
@@ -120,13 +220,29 @@ class Stream(NamedTuple):
 
     name: str
     subjects: tuple[str, ...]
-    last_value_only: bool = False
+    messages_per_subject: int | None = None
+    """The newest so many of each subject are kept, however old; None: all."""
     max_age: timedelta | None = None
+    in_memory: bool = False
 
 
-PRICES = Stream("PRICES", (ALL_PRICES,), last_value_only=True)
-FEED = Stream("FEED", (FEED_STATUS,), last_value_only=True)
+TICKS_PER_SECOND_MAX = 4
+"""Ticks of a symbol that the feeder publishes in a second, at most."""
+PRICE_REPLAY_DEFAULT = timedelta(minutes=5)
+
+
+def prices_stream(replay: timedelta) -> Stream:
+    """Return the stream of ticks, from which at least the last `replay` of every symbol can be had.
+
+    What is kept is counted, not aged: the last value of a symbol that has not traded for days is there.
+    """
+    return Stream("PRICES", (ALL_PRICES,), max(1, int(replay.total_seconds() * TICKS_PER_SECOND_MAX)))
+
+
+PRICES = prices_stream(PRICE_REPLAY_DEFAULT)
+FEED = Stream("FEED", (FEED_STATUS, PRICES_CONFIRMED), messages_per_subject=1)
 TIMER = Stream("TIMER", (SNAPSHOT_DUE,), max_age=timedelta(days=2))
-PORTFOLIO = Stream("PORTFOLIO", (SNAPSHOTS_TAKEN,), max_age=timedelta(days=7))
+PORTFOLIO = Stream("PORTFOLIO", (SNAPSHOTS_TAKEN, REQUESTED_SNAPSHOT_TAKEN), max_age=timedelta(days=7))
+TICKETS = Stream("TICKETS", (ALL_TICKETS,), max_age=timedelta(minutes=1), in_memory=True)
 
-STREAMS = (PRICES, FEED, TIMER, PORTFOLIO)
+STREAMS = (PRICES, FEED, TIMER, PORTFOLIO, TICKETS)
