@@ -10,7 +10,6 @@ from services.market_simulator.access import Refused
 from services.market_simulator.bars import PageToken, Span
 from services.market_simulator.instants import SECOND_NS, datetime_of, local_midnight_ns, ns_of_text
 from services.market_simulator.market import Bar, Trade
-from services.market_simulator.sessions import NEW_YORK
 from services.market_simulator.timeframes import timeframe_of
 from services.market_simulator.wire import (
     Json,
@@ -21,6 +20,7 @@ from services.market_simulator.wire import (
     stock_quote,
     stock_trade,
 )
+from shared.market_hours import NEW_YORK
 
 LIMIT_DEFAULT = 1000
 LIMIT_MAX = 10_000

@@ -8,7 +8,8 @@ from typing import Any
 from services.market_simulator.instants import rfc3339, rfc3339_in
 from services.market_simulator.listings import tape_of
 from services.market_simulator.market import Bar, Trade
-from services.market_simulator.sessions import NEW_YORK, Session, next_session, session, settlement_day
+from services.market_simulator.sessions import Session, next_session, session, settlement_day
+from shared.market_hours import NEW_YORK
 
 Json = dict[str, Any]
 
