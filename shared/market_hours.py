@@ -65,6 +65,10 @@ class MarketHours:
         """Return the first session that opens after `at`."""
         return self._sessions_around(at)[1]
 
+    def is_in_session(self, at: datetime) -> bool:
+        """Tell whether `at` is in a session or is its close, whose prices are the session's last."""
+        return at <= self.last_session(at).closes_at
+
     def is_near_session(self, at: datetime, *, before: timedelta, after: timedelta) -> bool:
         """Tell whether `at` is in a session, less than `after` past its close or at most `before` ahead of an open."""
         last, following = self._sessions_around(at)

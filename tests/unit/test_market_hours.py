@@ -119,6 +119,20 @@ def test_a_session_belongs_to_its_day_in_new_york() -> None:
 
 
 @pytest.mark.parametrize(
+    ("at", "is_in"),
+    [
+        ("2026-11-27T14:29:59", False),
+        ("2026-11-27T14:30", True),
+        ("2026-11-27T18:00", True),  # trading is over, and this instant's prices are the session's last
+        ("2026-11-27T18:00:01", False),
+        ("2026-11-28T16:00", False),
+    ],
+)
+def test_a_session_includes_its_close(at: str, is_in: bool) -> None:
+    assert MarketHours().is_in_session(instant(at)) is is_in
+
+
+@pytest.mark.parametrize(
     ("at", "is_near"),
     [
         ("2026-11-27T14:24:59", False),
@@ -198,15 +212,13 @@ def test_sessions_lie_around_every_instant(at: datetime) -> None:
     check_around(MarketHours(), at)
 
 
-@given(
-    published, st.lists(st.datetimes(datetime(2026, 10, 1), datetime(2027, 1, 5)), min_size=1, max_size=10)
-)  # noqa: DTZ001
+@given(published, st.lists(st.integers(0, 96 * 24 * 60), min_size=1, max_size=10))
 def test_sessions_lie_around_every_instant_whatever_is_published(
-    minutes: dict[date, tuple[int, int] | None], naive: list[datetime]
+    minutes: dict[date, tuple[int, int] | None], later: list[int]
 ) -> None:
     hours = MarketHours({day: pair and on_day(day, *pair) for day, pair in minutes.items()})
-    for at in naive:  # one object is asked for all, so that what it remembers is tested too
-        check_around(hours, at.replace(tzinfo=UTC))
+    for number in later:  # one object is asked for all, so that what it remembers is tested too
+        check_around(hours, instant("2026-10-01T00:00") + timedelta(minutes=number))
 
 
 @given(instants)
