@@ -4,12 +4,12 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
-from shared import logs
+from shared import clock, logs
 from shared.deadlines import Deadlines
 
 SCHEMA_REVISION = "0003"
@@ -20,6 +20,11 @@ STATEMENT_TIMEOUT_SECONDS = 2.0
 CHECK_TIMEOUT_SECONDS = 1.0
 IDLE_SECONDS_MAX = 300.0
 """A connection that nobody has used for so long is ended."""
+
+LISTEN_CHECK_SECONDS = 1.0
+LISTEN_PAUSE_SECONDS = 0.5
+"""Between two attempts to listen again."""
+_KEEPALIVE = {"tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3"}
 
 Connection = PoolConnectionProxy
 NewConnection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -305,9 +310,7 @@ async def connect(
             "jit": "off",
             "statement_timeout": f"{int(statement_timeout_seconds * 1000)}ms",
             "idle_in_transaction_session_timeout": f"{int(statement_timeout_seconds * 1000)}ms",
-            "tcp_keepalives_idle": "10",
-            "tcp_keepalives_interval": "5",
-            "tcp_keepalives_count": "3",
+            **_KEEPALIVE,
             **({"default_transaction_read_only": "on"} if reads_only else {}),
             **(server_settings or {}),
         },
@@ -325,3 +328,58 @@ async def connect(
             except TimeoutError:
                 log.warning("database_pool_terminated", reason="connections did not close in time")
                 pool.terminate()
+
+
+class Notified(Protocol):
+    """Hears notifications; every method is called in the event loop, must be quick and must not raise."""
+
+    def notified(self, payload: str) -> None:
+        """Take a notification: what it tells of is committed."""
+
+    def interrupted(self) -> None:
+        """Learn that notifications may have been missed, and may be until `resumed`."""
+
+    def resumed(self) -> None:
+        """Learn that from now on every notification is heard."""
+
+
+async def listen(
+    url: str, channel: str, listener: Notified, stop: asyncio.Event, *, application_name: str
+) -> None:
+    """Let `listener` hear what is notified on the channel, until `stop` is set. Of a primary alone: replicas have none.
+
+    It has a connection of its own, made again whenever it is lost or the server does not answer in time.
+    """
+    problem: str | None = None
+    while not stop.is_set():
+        connection: NewConnection | None = None
+        hears = False
+        try:
+            connection = await asyncpg.connect(
+                url,
+                timeout=CONNECT_TIMEOUT_SECONDS,
+                command_timeout=CHECK_TIMEOUT_SECONDS,
+                server_settings={"application_name": application_name, **_KEEPALIVE},
+            )
+            await connection.add_listener(
+                channel, lambda _connection, _process, _channel, payload: listener.notified(str(payload))
+            )
+            while not stop.is_set():
+                await connection.execute("SELECT")  # answered after all that was notified before
+                if not hears:
+                    hears, problem = True, None
+                    listener.resumed()
+                await clock.wait_for_stop(stop, LISTEN_CHECK_SECONDS)
+        except Exception as error:
+            named = _named(error)
+            if not isinstance(named, DatabaseUnavailable):
+                raise
+            if str(named) != problem:
+                problem = str(named)
+                log.warning("notifications_interrupted", reason=problem)
+        finally:
+            if hears:
+                listener.interrupted()
+            if connection is not None:
+                connection.terminate()
+        await clock.wait_for_stop(stop, LISTEN_PAUSE_SECONDS)

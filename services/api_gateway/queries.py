@@ -1,5 +1,6 @@
 """The gateway's SQL. PostgreSQL writes the JSON, so that every amount stays as exact as it is stored."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -9,7 +10,9 @@ from typing import Protocol, TypeAlias
 import asyncpg
 
 from services.api_gateway.performance import Buckets, MarketDays
+from services.api_gateway.valuation import Holding, Holdings
 from shared.database import Database, DatabaseUnavailable, NewConnection
+from shared.messages import CurrentPrice
 
 # Planning costs more than running these statements, and no plan of theirs depends on a parameter's value.
 SERVER_SETTINGS = {"plan_cache_mode": "force_generic_plan"}
@@ -84,6 +87,35 @@ LIVE_VALUE = """
 SELECT user_id, is_active, total_value, simulated
 FROM portfolio_valuations
 WHERE subject = $1
+"""
+
+# What a watched portfolio is made of; its prices come from the bus. As arrays, so that it is one row.
+HOLDINGS = """
+SELECT users.id AS user_id, users.is_active, users.cash_balance, held.tickers, held.shares, held.cost_bases
+FROM users
+CROSS JOIN LATERAL (
+    SELECT array_agg(ticker) AS tickers, array_agg(shares) AS shares, array_agg(cost_basis) AS cost_bases
+    FROM (
+        SELECT ticker, shares, cost_basis
+        FROM positions
+        WHERE user_id = users.id AND shares > 0
+        ORDER BY ticker COLLATE "C"
+    ) AS position
+) AS held
+WHERE users.subject = $1
+"""
+
+PRICES = """
+SELECT
+    array_agg(symbol) AS symbols,
+    array_agg(price) AS prices,
+    array_agg(traded_at) AS traded_ats,
+    array_agg(received_at) AS received_ats,
+    array_agg(updated_at) AS updated_ats,
+    array_agg(feed) AS feeds,
+    array_agg(sequence) AS sequences
+FROM asset_prices
+WHERE symbol = ANY ($1::text[])
 """
 
 # A chart: the live value and, as its points, the last snapshot of each bucket. Up to `rolled_until` a rollup has just
@@ -323,6 +355,41 @@ async def current_portfolio(
     """Return the portfolio valued at the last known prices; None when nobody has this subject."""
     row = await source.fetch_row(CURRENT, subject, now, fresh_since)
     return CurrentPortfolio(**row) if row else None
+
+
+async def holdings(source: Source, subject: str) -> Holdings | None:
+    """Return what the user holds; None when nobody has this subject."""
+    row = await source.fetch_row(HOLDINGS, subject)
+    if row is None:
+        return None
+    positions = zip(row["tickers"] or (), row["shares"] or (), row["cost_bases"] or (), strict=True)
+    return Holdings(
+        row["user_id"],
+        row["is_active"],
+        row["cash_balance"],
+        tuple(Holding(ticker, shares, cost_basis) for ticker, shares, cost_basis in positions),
+    )
+
+
+async def prices(source: Source, symbols: Sequence[str]) -> list[CurrentPrice]:
+    """Return the cached prices of those of `symbols` that have one."""
+    row = await source.fetch_row(PRICES, symbols)
+    if row is None or row["symbols"] is None:
+        return []
+    return [
+        CurrentPrice.model_construct(
+            symbol=symbol,
+            price=price,
+            traded_at=traded_at,
+            received_at=received_at,
+            confirmed_at=updated_at,
+            feed=feed,
+            sequence=sequence,
+        )
+        for symbol, price, traded_at, received_at, updated_at, feed, sequence in zip(
+            *row.values(), strict=True
+        )
+    ]
 
 
 async def live_value(source: Source, subject: str) -> LiveValue | None:
