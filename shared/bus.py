@@ -1,38 +1,49 @@
-"""NATS: one connection that heals for ever, JetStream publishing with acknowledgement, consuming and listening.
+"""NATS: one connection that heals for ever; publishing, consuming, listening, asking and answering over it.
 
-The only module that imports nats.
+All that speaks with NATS is here and in the modules just below: `publishing`, `requests`, `streams` and `inbox`.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import timedelta
+from fnmatch import fnmatchcase
 from typing import Any, Protocol, Self
 from urllib.parse import unquote, urlsplit
 
 import nats.errors
-import nats.js.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
-from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, StorageType, StreamConfig
+from nats.js.api import AckPolicy, ConsumerConfig
 from nats.js.client import JetStreamContext as _Context
 
-from shared import clock, logs
+from shared import clock, logs, requests, streams
+from shared.bus_failures import FAILURES, BusUnavailable, reason
+from shared.inbox import Inbox
 from shared.messages import STREAMS, Message, Stream
+from shared.publishing import PUBLISH_TIMEOUT_SECONDS, Outgoing, Publisher
+from shared.requests import Refused, Reply, Unanswered
+from shared.streams import StreamUnfit
+
+__all__ = [  # all that a service needs of NATS comes from here
+    "Bus",
+    "BusUnavailable",
+    "Delivery",
+    "Listener",
+    "Outgoing",
+    "Refused",
+    "StreamUnfit",
+    "Unanswered",
+]
 
 PING_INTERVAL_SECONDS = 10
 PINGS_OUTSTANDING_MAX = 2
 RECONNECT_WAIT_SECONDS = 0.5
-PUBLISH_TIMEOUT_SECONDS = 3.0
-PUBLISHES_IN_FLIGHT_MAX = 256
 FETCH_WAIT_SECONDS = 2.0
 FAILURE_PAUSE_SECONDS = 1.0
 READY_POLL_SECONDS = 0.2
 STREAMS_CHECK_SECONDS = 30.0
 PROBLEMS_SAID_MAX = 20
-DUPLICATE_WINDOW = timedelta(minutes=2)
 CONNECT_TIMEOUT_SECONDS = 2
 CANCEL_PAUSE_SECONDS = 0.2
 LISTEN_CHECK_SECONDS = 1.0
@@ -44,32 +55,6 @@ LISTEN_WAITING_BYTES_MAX = 16 * 1024 * 1024
 _NOT_CONNECTED = "not connected"
 
 log = logs.get_logger()
-
-
-class StreamUnfit(Exception):
-    """A stream of the name that we need is there and is another one's."""
-
-
-class BusUnavailable(Exception):
-    """NATS did not acknowledge; the message may or may not have been stored, so publishing again must be harmless."""
-
-
-_FAILURES = (
-    nats.errors.Error,
-    nats.js.errors.Error,
-    OSError,
-    TimeoutError,
-    asyncio.InvalidStateError,
-)
-
-
-@dataclass(frozen=True)
-class Outgoing:
-    """A message to publish; `message_id` lets the stream discard a second copy within two minutes."""
-
-    subject: str
-    message: Message
-    message_id: str | None = None
 
 
 class Delivery:
@@ -101,8 +86,8 @@ class Delivery:
     async def _answer(self, answer: Callable[[], Awaitable[None]]) -> None:
         try:
             await answer()
-        except _FAILURES as error:  # the message will be delivered again, which must be harmless
-            log.warning("bus_answer_failed", error=_reason(error))
+        except FAILURES as error:  # the message will be delivered again, which must be harmless
+            log.warning("bus_answer_failed", error=reason(error))
 
 
 class Listener(Protocol):
@@ -147,12 +132,16 @@ class Bus:
     Use as an async context manager; entering does not wait for the server. `check()` tells whether it is there.
     """
 
-    def __init__(self, url: str, *, name: str) -> None:
+    def __init__(self, url: str, *, name: str, owned: Iterable[Stream] = ()) -> None:
+        """Take the streams of which this service says how much is kept as `owned`, in place of those in `STREAMS`."""
         self._servers, self._credentials = _servers_and_credentials(url)
         self._name = name
+        self._owned = {stream.name: stream for stream in owned}
         self._client = Client()
+        self._inbox: Inbox | None = None
+        self._publisher: Publisher | None = None
         self._js: JetStreamContext | None = None
-        self._streams_made_at: list[object] | None = None
+        self._streams_made_at: list[str] | None = None
         self._doubtful = asyncio.Event()  # something failed: look at the streams again
         self._closed = asyncio.Event()
         self._closing = False
@@ -180,8 +169,8 @@ class Bus:
         try:
             async with asyncio.timeout(PUBLISH_TIMEOUT_SECONDS):
                 await self._client.close()
-        except _FAILURES as error:
-            log.warning("bus_close_failed", error=_reason(error))
+        except FAILURES as error:
+            log.warning("bus_close_failed", error=reason(error))
 
     async def check(self) -> str | None:
         """Return None when NATS, the streams and our consumer are there, else why not. For readiness."""
@@ -208,31 +197,84 @@ class Bus:
             raise BusUnavailable(failed[0][1])
 
     async def publish_all(self, batch: Iterable[Outgoing]) -> list[tuple[Outgoing, str]]:
-        """Publish a batch with many in flight; return those without an acknowledgement, and why."""
-        js = self._js
-        messages = list(batch)
-        if js is None or not self._client.is_connected:
-            return [(outgoing, self._problem) for outgoing in messages]
-        in_flight = asyncio.Semaphore(PUBLISHES_IN_FLIGHT_MAX)
+        """Publish a batch with many in flight; return those without an acknowledgement, in their order, and why.
 
-        async def send(outgoing: Outgoing) -> tuple[Outgoing, str] | None:
-            headers = {"Nats-Msg-Id": outgoing.message_id} if outgoing.message_id else None
-            async with in_flight:
-                try:
-                    await js.publish(
-                        outgoing.subject,
-                        outgoing.message.model_dump_json().encode(),
-                        timeout=PUBLISH_TIMEOUT_SECONDS,
-                        headers=headers,
-                    )
-                except _FAILURES as error:
-                    return outgoing, _reason(error)
-            return None
-
-        failed = [failure for failure in await asyncio.gather(*map(send, messages)) if failure]
+        A message without one may have been stored all the same. Fails when nothing of the batch was acknowledged for
+        PUBLISH_TIMEOUT_SECONDS, or at once when the connection is lost.
+        """
+        if self._publisher is None or not self._client.is_connected:
+            return [(outgoing, self._problem) for outgoing in batch]
+        failed = await self._publisher.publish_all(batch)
         if failed:
             self._doubtful.set()  # the streams may have gone with the server's disk
         return failed
+
+    async def put(self, stream: Stream, subject: str, message: Message) -> None:
+        """Store a message, to be taken once; raises BusUnavailable without an acknowledgement."""
+        assert any(fnmatchcase(subject, pattern) for pattern in stream.subjects)
+        await self.publish(Outgoing(subject, message))
+
+    async def take(self, stream: Stream, subject: str) -> bytes | None:
+        """Delete the last message that was put on `subject` and return its payload; of many takers one gets it.
+
+        Returns None when there is none (any more). Raises BusUnavailable; the message may then be gone.
+        """
+        if not self._client.is_connected:
+            raise BusUnavailable(self._problem)
+        try:
+            return await streams.take_last(self._client, stream, subject)
+        except FAILURES as error:
+            self._doubtful.set()
+            raise BusUnavailable(reason(error)) from error
+
+    async def request(
+        self, subject: str, message: Message, reply_type: type[Reply], *, timeout_seconds: float
+    ) -> Reply:
+        """Ask whoever serves `subject` and return the answer; nothing is stored, and nobody may have heard it.
+
+        Raises Unanswered (no responder, no connection, not in time), or Refused with what the responder said.
+        """
+        if self._inbox is None or not self._client.is_connected:
+            raise Unanswered(self._problem)
+        return await requests.request(
+            self._client,
+            self._inbox,
+            subject,
+            message,
+            reply_type=reply_type,
+            timeout_seconds=timeout_seconds,
+        )
+
+    async def serve(
+        self,
+        subject: str,
+        answer: requests.Answer,
+        stop: asyncio.Event,
+        *,
+        queue: str = "",
+        at_once_max: int = requests.ANSWERS_AT_ONCE_MAX,
+        answer_seconds_max: float = requests.ANSWER_SECONDS_MAX,
+    ) -> None:
+        """Answer requests with what `answer` makes of their payload, until `stop`; in a `queue` one replica does.
+
+        `answer` may raise Refused; a ValidationError of the payload is refused with 400, too many requests at once and
+        one that takes too long with 503, an unexpected error with 500. Those under way at the end are finished.
+        """
+        responder = requests.Responder(
+            subject, answer, queue=queue, at_once_max=at_once_max, seconds_max=answer_seconds_max
+        )
+        try:
+            while not stop.is_set():
+                if not self._client.is_connected:
+                    await clock.wait_for_stop(stop, READY_POLL_SECONDS)
+                    continue
+                try:
+                    await responder.answer_until(stop, self._client)
+                except FAILURES as error:
+                    self._say_problem(f"answering {subject}: {reason(error)}")
+                    await clock.wait_for_stop(stop, FAILURE_PAUSE_SECONDS)
+        finally:
+            await responder.finish()
 
     async def consume(
         self, stream: Stream, *, durable: str, ack_wait_seconds: float, stop: asyncio.Event
@@ -253,10 +295,10 @@ class Bus:
                 messages = await subscription.fetch(1, timeout=FETCH_WAIT_SECONDS)
             except TimeoutError:
                 continue
-            except _FAILURES as error:
+            except FAILURES as error:
                 await self._lose(subscription)
                 subscription = None
-                problem = f"consumer {durable} of {stream.name}: {_reason(error)}"
+                problem = f"consumer {durable} of {stream.name}: {reason(error)}"
                 if problem != self._consumer_problem and not stop.is_set():
                     log.warning("bus_consumer_lost", problem=problem)
                 self._consumer_problem = problem
@@ -283,7 +325,7 @@ class Bus:
     async def _lose(self, subscription: _Context.PullSubscription | None) -> None:
         """Take back what a subscription left at the server, if that still can be."""
         if subscription is not None:
-            with suppress(*_FAILURES):
+            with suppress(*FAILURES):
                 await subscription.unsubscribe()
 
     async def listen(
@@ -310,8 +352,8 @@ class Bus:
             self._ears.add(ear)
             try:
                 await self._listen(client, subjects, ear, stop, waiting_max)
-            except _FAILURES as error:
-                self._say_problem(f"listening: {_reason(error)}")
+            except FAILURES as error:
+                self._say_problem(f"listening: {reason(error)}")
                 ear.lose()
                 await clock.wait_for_stop(stop, FAILURE_PAUSE_SECONDS)
             finally:
@@ -349,7 +391,7 @@ class Bus:
                 losing.cancel()
         finally:
             for subscription in subscriptions:
-                with suppress(*_FAILURES):
+                with suppress(*FAILURES):
                     await subscription.unsubscribe()
 
     async def _keep_connected(self) -> None:
@@ -372,10 +414,13 @@ class Bus:
                     reconnected_cb=self._on_reconnected,
                     closed_cb=self._on_closed,
                 )
+                inbox = Inbox(self._client)
+                await inbox.open()
+                self._inbox, self._publisher = inbox, Publisher(self._client, inbox)
                 self._js = self._client.jetstream(timeout=PUBLISH_TIMEOUT_SECONDS)
                 log.info("bus_connected")
                 await self._keep_streams()
-            except _FAILURES as error:
+            except FAILURES as error:
                 await self._on_error(error)
             self._streams_made_at = None
             self._client = Client()
@@ -394,12 +439,16 @@ class Bus:
                     await asyncio.sleep(READY_POLL_SECONDS)  # so that many failures are one look
 
     async def _find_streams(self) -> bool:
-        """Find or create the streams; an operator's changes to them are kept, unless they lack our subjects."""
-        assert self._js is not None
+        """Find or create the streams, and bring up to date what is ours of them."""
         try:
-            made_at = [await self._find_stream(self._js, stream) for stream in STREAMS]
-        except (*_FAILURES, StreamUnfit) as error:
-            self._say_problem(f"JetStream: {_reason(error)}")
+            made_at = [
+                await streams.find_stream(
+                    self._client, self._owned.get(stream.name, stream), owned=stream.name in self._owned
+                )
+                for stream in STREAMS
+            ]
+        except (*FAILURES, StreamUnfit) as error:
+            self._say_problem(f"JetStream: {reason(error)}")
             self._streams_made_at = None
             return False
         if self._streams_made_at not in (None, made_at):
@@ -408,34 +457,27 @@ class Bus:
         self._said.clear()
         return True
 
-    async def _find_stream(self, js: JetStreamContext, stream: Stream) -> object:
-        """Return when the stream was made."""
-        try:
-            info = await js.stream_info(stream.name)
-        except nats.js.errors.NotFoundError:
-            info = await js.add_stream(_stream_config(stream))
-            log.info("bus_stream_created", stream=stream.name)
-        missing = set(stream.subjects) - set(info.config.subjects or ())
-        if missing:
-            raise StreamUnfit(f"stream {stream.name} exists without the subject {', '.join(sorted(missing))}")
-        return info.created
-
     async def _on_error(self, error: Exception) -> None:
         if isinstance(error, nats.errors.SlowConsumerError):
             self._lose_ears()  # messages of one of them were dropped
-        self._say_problem(_reason(error))
+        self._say_problem(reason(error))
+
+    def _lose_connection(self) -> None:
+        self._lose_ears()
+        if self._inbox is not None:
+            self._inbox.lose()
 
     def _lose_ears(self) -> None:
         for ear in tuple(self._ears):
             ear.lose()
 
     async def _on_closed(self) -> None:
-        self._lose_ears()
+        self._lose_connection()
         self._closed.set()
         self._doubtful.set()
 
     async def _on_disconnected(self) -> None:
-        self._lose_ears()
+        self._lose_connection()
         self._say_problem("connection lost")
 
     async def _on_reconnected(self) -> None:
@@ -466,20 +508,3 @@ def _servers_and_credentials(url: str) -> tuple[list[str], dict[str, Any]]:
             credentials = {"token": user}
         servers.append(parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl())
     return servers, credentials
-
-
-def _stream_config(stream: Stream) -> StreamConfig:
-    return StreamConfig(
-        name=stream.name,
-        subjects=list(stream.subjects),
-        storage=StorageType.MEMORY if stream.in_memory else StorageType.FILE,
-        discard=DiscardPolicy.OLD,
-        max_msgs_per_subject=stream.messages_per_subject or -1,
-        max_age=stream.max_age.total_seconds() if stream.max_age else None,
-        duplicate_window=min(DUPLICATE_WINDOW, stream.max_age or DUPLICATE_WINDOW).total_seconds(),
-        allow_direct=True,
-    )
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) or type(error).__name__

@@ -1,0 +1,137 @@
+"""The JetStream streams: made when they are missing, brought up to date when they are ours."""
+
+import base64
+import json
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import nats.errors
+from nats.aio.client import Client
+
+from shared import logs
+from shared.messages import Stream
+
+API_TIMEOUT_SECONDS = 3.0
+DUPLICATE_WINDOW = timedelta(minutes=2)
+
+_NOT_FOUND = 10059
+_NO_MESSAGE = 10037
+_NO_SUCH_SEQUENCE = 10043
+
+log = logs.get_logger()
+
+# The server's configuration of a stream is passed through as it is: a field that the client library does not know
+# would be lost in its own types, and an operator's change with it.
+_Configuration = dict[str, Any]
+
+
+class StreamUnfit(Exception):
+    """A stream of the name that we need is there and is another one's."""
+
+
+class ApiError(nats.errors.Error):
+    """The server refused a request to its JetStream API."""
+
+    def __init__(self, error: Mapping[str, Any]) -> None:
+        super().__init__(f"{error.get('description')} (code {error.get('code')}, {error.get('err_code')})")
+        self.err_code = error.get("err_code")
+
+
+class Found(NamedTuple):
+    """A stream as the server has it."""
+
+    made_at: str
+    configuration: _Configuration
+
+
+async def find_stream(client: Client, stream: Stream, *, owned: bool) -> str:
+    """Find, make or bring up to date a stream; return when it was made. Raises StreamUnfit.
+
+    Subjects that are missing are added. What is kept is changed to what `stream` says when it is `owned`. Everything
+    else stays as it is found: an operator may have changed it.
+    """
+    try:
+        found = _found(await _api(client, f"STREAM.INFO.{stream.name}"))
+    except ApiError as error:
+        if error.err_code != _NOT_FOUND:
+            raise
+        found = _found(await _api(client, f"STREAM.CREATE.{stream.name}", _configuration(stream)))
+        log.info("bus_stream_created", stream=stream.name)
+    changes = _changes(found.configuration, stream, owned=owned)
+    if changes:
+        await _api(client, f"STREAM.UPDATE.{stream.name}", found.configuration | changes)
+        log.info("bus_stream_updated", stream=stream.name, changed=sorted(changes))
+    return found.made_at
+
+
+async def take_last(client: Client, stream: Stream, subject: str) -> bytes | None:
+    """Delete the last message on `subject` and return it; None when there is none, or another one took it first."""
+    try:
+        stored = (await _api(client, f"STREAM.MSG.GET.{stream.name}", {"last_by_subj": subject}))["message"]
+        await _api(client, f"STREAM.MSG.DELETE.{stream.name}", {"seq": stored["seq"]})
+    except ApiError as error:
+        if error.err_code in (_NO_MESSAGE, _NO_SUCH_SEQUENCE):
+            return None
+        raise
+    return base64.b64decode(stored.get("data", ""))
+
+
+def _found(answer: Mapping[str, Any]) -> Found:
+    return Found(answer["created"], answer["config"])
+
+
+def _changes(found: _Configuration, stream: Stream, *, owned: bool) -> _Configuration:
+    changes: _Configuration = {}
+    subjects = found.get("subjects") or []
+    missing = [subject for subject in stream.subjects if subject not in subjects]
+    if missing:
+        if not _are_ours(subjects, stream):
+            raise StreamUnfit(f"stream {stream.name} exists without the subject {', '.join(missing)}")
+        changes["subjects"] = [*subjects, *missing]
+    if owned:
+        limits = _limits(stream)
+        changes |= {name: limit for name, limit in limits.items() if found.get(name) != limit}
+    if "max_age" in changes and 0 < changes["max_age"] < found.get("duplicate_window", 0):
+        changes["duplicate_window"] = changes["max_age"]
+    return changes
+
+
+def _are_ours(subjects: list[str], stream: Stream) -> bool:
+    """Tell whether another version of this project may have made a stream with such subjects."""
+    words = {subject.partition(".")[0] for subject in stream.subjects}
+    return bool(subjects) and all(subject.partition(".")[0] in words for subject in subjects)
+
+
+def _configuration(stream: Stream) -> _Configuration:
+    return {
+        "name": stream.name,
+        "subjects": [*stream.subjects],
+        "storage": "memory" if stream.in_memory else "file",
+        "retention": "limits",
+        "discard": "old",
+        "num_replicas": 1,
+        "duplicate_window": _nanoseconds(min(DUPLICATE_WINDOW, stream.max_age or DUPLICATE_WINDOW)),
+        "allow_direct": True,
+        **_limits(stream),
+    }
+
+
+def _limits(stream: Stream) -> _Configuration:
+    return {
+        "max_msgs_per_subject": stream.messages_per_subject or -1,
+        "max_age": _nanoseconds(stream.max_age) if stream.max_age else 0,
+    }
+
+
+def _nanoseconds(duration: timedelta) -> int:
+    return duration // timedelta(microseconds=1) * 1000
+
+
+async def _api(client: Client, request: str, body: _Configuration | None = None) -> dict[str, Any]:
+    payload = b"" if body is None else json.dumps(body).encode()
+    answer = await client.request(f"$JS.API.{request}", payload, timeout=API_TIMEOUT_SECONDS)
+    said: dict[str, Any] = json.loads(answer.data)
+    if "error" in said:
+        raise ApiError(said["error"])
+    return said
