@@ -3,7 +3,7 @@
 import asyncio
 import gc
 
-from services.price_feeder import feed
+from services.price_feeder import answers, feed
 from services.price_feeder.market_data import MarketData
 from services.price_feeder.settings import Settings
 from shared import database as databases
@@ -32,14 +32,18 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             return
         assert settings.alpaca_api_key
         assert settings.alpaca_secret_key
-        async with MarketData(
-            api_key=settings.alpaca_api_key.get_secret_value(),
-            secret_key=settings.alpaca_secret_key.get_secret_value(),
-            url=settings.alpaca_data_url,
-            feed=settings.alpaca_feed,
-            requests_per_minute=settings.alpaca_requests_per_minute,
-        ) as market:
-            await feed.run(database, bus, market, settings.interval, stop)
+        async with (
+            MarketData(
+                api_key=settings.alpaca_api_key.get_secret_value(),
+                secret_key=settings.alpaca_secret_key.get_secret_value(),
+                url=settings.alpaca_data_url,
+                feed=settings.alpaca_feed,
+                requests_per_minute=settings.alpaca_requests_per_minute,
+            ) as market,
+            asyncio.TaskGroup() as tasks,
+        ):
+            tasks.create_task(answers.run(database, bus, stop))
+            tasks.create_task(feed.run(database, bus, market, settings.interval, stop))
 
 
 if __name__ == "__main__":
