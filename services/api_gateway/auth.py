@@ -4,7 +4,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jwt
 
@@ -39,6 +39,13 @@ _REFUSALS = (
 )
 
 
+class Identity(NamedTuple):
+    """Who a token says that its bearer is, and until when, in seconds since the epoch."""
+
+    subject: str
+    expires_at: float
+
+
 class Verifier:
     """Verifies tokens, and remembers the verified ones for a minute, at most until they expire."""
 
@@ -46,28 +53,29 @@ class Verifier:
         self._keys = keys
         self._issuer = issuer
         self._audience = audience
-        self._remembered: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        self._remembered: OrderedDict[str, tuple[Identity, float]] = OrderedDict()
 
     async def check(self) -> str | None:
         """Return None when tokens can be verified, else why not. For readiness."""
         return await self._keys.check()
 
-    async def subject(self, authorization: Sequence[str]) -> str:
-        """Return the subject of the bearer token in the Authorization headers; raises Problem without a good one."""
+    async def identity(self, authorization: Sequence[str]) -> Identity:
+        """Return the identity of the bearer token in the Authorization headers; raises Problem without a good one."""
         # Remembered under the header as it came: to take it apart and to hash it costs more than to find it.
         if len(authorization) == 1:
             remembered = self._remembered.get(authorization[0])
             if remembered is not None and time.time() < remembered[1]:
                 return remembered[0]
         token = _bearer_token(authorization)
-        subject, expires_at = await self._verified(token)
+        identity = await self._verified(token)
         if len(authorization[0]) <= REMEMBERED_LENGTH_MAX:
-            self._remembered[authorization[0]] = subject, min(expires_at, time.time() + REMEMBERED_SECONDS)
+            until = min(identity.expires_at, time.time() + REMEMBERED_SECONDS)
+            self._remembered[authorization[0]] = identity, until
             if len(self._remembered) > REMEMBERED_TOKENS_MAX:
                 self._remembered.popitem(last=False)
-        return subject
+        return identity
 
-    async def _verified(self, token: str) -> tuple[str, float]:
+    async def _verified(self, token: str) -> Identity:
         try:
             header = jwt.get_unverified_header(token)
             if header.get("alg") not in self._keys.algorithms:  # before any key is looked for
@@ -96,7 +104,7 @@ class Verifier:
             raise _refused(TOKEN_EXPIRED, "The token has expired.")
         if not _is_storable(subject):
             raise _refused(TOKEN_INVALID, _NOT_A_SUBJECT)
-        return subject, expires_at
+        return Identity(subject, expires_at)
 
 
 def _is_storable(subject: str) -> bool:

@@ -71,7 +71,8 @@ async def chart(request: web.Request) -> Finished:
 
 
 async def _subject(request: web.Request) -> str:
-    return await request.app[VERIFIER].subject(request.headers.getall("Authorization", ()))
+    identity = await request.app[VERIFIER].identity(request.headers.getall("Authorization", ()))
+    return identity.subject
 
 
 def _parameters(request: web.Request, *, allowed: tuple[str, ...]) -> dict[str, str]:

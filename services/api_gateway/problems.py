@@ -30,15 +30,20 @@ TOKEN_MISSING = Kind("token-missing", 401, "A bearer token is needed")
 TOKEN_MALFORMED = Kind("token-malformed", 401, "The bearer token is malformed")
 TOKEN_EXPIRED = Kind("token-expired", 401, "The bearer token has expired")
 TOKEN_INVALID = Kind("token-invalid", 401, "The bearer token is not valid")
+TICKET_INVALID = Kind("ticket-invalid", 401, "The ticket is not valid")
+ORIGIN_NOT_ALLOWED = Kind("origin-not-allowed", 403, "Pages of this origin may not ask")
 USER_DEACTIVATED = Kind("user-deactivated", 403, "The user is deactivated")
 NOT_FOUND = Kind("not-found", 404, "There is nothing at this address")
 USER_UNKNOWN = Kind("user-unknown", 404, "The user is unknown")
 METHOD_NOT_ALLOWED = Kind("method-not-allowed", 405, "The method is not allowed here")
 BODY_TOO_LARGE = Kind("body-too-large", 413, "The request has a body")
 EXPECTATION_FAILED = Kind("expectation-failed", 417, "The Expect header cannot be met")
+TOO_MANY_REQUESTS = Kind("too-many-requests", 429, "This was asked for too often")
+TOO_MANY_STREAMS = Kind("too-many-streams", 429, "The user has too many streams")
 INTERNAL_ERROR = Kind("internal-error", 500, "Something went wrong here")
 DATABASE_UNAVAILABLE = Kind("database-unavailable", 503, "The database does not answer")
 KEYS_UNAVAILABLE = Kind("keys-unavailable", 503, "The token issuer's keys are not available")
+TICKETS_UNAVAILABLE = Kind("tickets-unavailable", 503, "Tickets are not available")
 DEADLINE_EXCEEDED = Kind("deadline-exceeded", 503, "The answer took too long")
 OVERLOADED = Kind("overloaded", 503, "Too many requests at once")
 
@@ -54,8 +59,8 @@ class Problem(Exception):
         self.detail = detail
         self.headers = dict(headers or {})
         self.members = members
-        if kind.status == 503:
-            self.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+        if kind.status in (429, 503):
+            self.headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
 
     def response(self, request_id: str) -> web.Response:
         body = {

@@ -174,16 +174,16 @@ async def test_good_token_is_verified_once_and_a_bad_or_very_long_one_each_time(
     counted = Counted(SECRET)
     verifier = Verifier(counted, issuer=None, audience=None)
     for credentials in (f"Bearer {token()}", f"Bearer {token('alice')}"):
-        assert await verifier.subject([credentials]) == await verifier.subject([credentials])
+        assert await verifier.identity([credentials]) == await verifier.identity([credentials])
     assert counted.asked == 2
     forged = f"Bearer {token(secret='y' * 32)}"
     for _ in range(2):
         with pytest.raises(Problem):
-            await verifier.subject([forged])
+            await verifier.identity([forged])
     assert counted.asked == 4
     long = f"Bearer {token(claim='x' * 2048)}"
     for _ in range(2):
-        assert await verifier.subject([long]) == "demo"
+        assert (await verifier.identity([long])).subject == "demo"
     assert counted.asked == 6
 
 

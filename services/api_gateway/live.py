@@ -1,0 +1,395 @@
+"""The portfolios that are being watched, kept up to date by what is heard.
+
+Ticks come from the bus and change values here, in memory. The database is asked when somebody begins to watch, when it
+notifies that cash or positions have changed, and when something may have been missed.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Literal, Protocol
+
+from prometheus_client import Gauge
+from pydantic import ValidationError
+
+from services.api_gateway import problems, queries, replica
+from services.api_gateway.queries import Source
+from services.api_gateway.valuation import Holdings, Portfolio, Quote, market_text
+from shared import health, logs
+from shared.clock import utc_now, wait_for_stop
+from shared.database import DatabaseUnavailable, SchemaMissing
+from shared.freshness import market_moment, price_status
+from shared.market_hours import MarketHours
+from shared.messages import ALL_PRICES, PRICES_CONFIRMED, PricesConfirmed, PriceTick, price_subject
+
+SUBJECTS = (ALL_PRICES, PRICES_CONFIRMED)
+"""What `Live` is to hear on the bus."""
+CHANNEL = "portfolios"
+"""Where the database notifies which portfolios have changed."""
+
+LOOK_SECONDS = 1.0
+"""How often it is looked whether time alone has changed something: a price is stale, the market opens."""
+UNWATCHED_SECONDS_MAX = 60.0
+"""How long a portfolio is kept up to date after its last watcher has gone, so that it may resume."""
+UNHEARD_SECONDS = 2.0
+"""How often prices are read from the database while the bus is not heard."""
+RETRY_SECONDS = 1.0
+READINGS_AT_ONCE_MAX = 4
+
+EndReason = Literal["token_expired", "user_deactivated", "user_unknown", "going_away"]
+
+log = logs.get_logger()
+portfolios_watched = Gauge("gateway_portfolios_watched", "Portfolios that are kept up to date for watchers")
+
+
+class Hours(Protocol):
+    """Where the market's hours come from."""
+
+    @property
+    def hours(self) -> MarketHours: ...
+
+
+class Watcher(Protocol):
+    """Somebody who watches a portfolio; every method is called in the event loop and is quick."""
+
+    def wake(self) -> None:
+        """Learn that the portfolio has changed."""
+
+    def pass_second(self, now: datetime) -> None:
+        """Learn that a second has passed."""
+
+    def end(self, reason: EndReason) -> None:
+        """Learn that there is nothing more to be seen."""
+
+
+class Watched:
+    """A user's portfolio, once it is read, and who watches it."""
+
+    __slots__ = ("is_behind", "portfolio", "reading", "subject", "unwatched_since", "visitors", "watchers")
+
+    def __init__(self, subject: str) -> None:
+        self.subject = subject
+        self.portfolio: Portfolio | None = None
+        self.is_behind = True
+        """Something has changed that was not read yet."""
+        self.reading = asyncio.Lock()
+        self.visitors = 0
+        """Who waits for it to be read."""
+        self.watchers: set[Watcher] = set()
+        self.unwatched_since = time.monotonic()
+
+    def wake(self) -> None:
+        for watcher in self.watchers:
+            watcher.wake()
+
+    def end(self, reason: EndReason) -> None:
+        for watcher in tuple(self.watchers):
+            watcher.end(reason)
+
+
+class Live:
+    """All watched portfolios. Hears the bus; `run` does what takes time."""
+
+    def __init__(self, database: Source, calendar: Hours) -> None:
+        self._database = database
+        self._calendar = calendar
+        self._moment = market_moment(calendar.hours, utc_now())
+        self._market = market_text(self._moment)
+        self._by_subject: dict[str, Watched] = {}
+        self._by_user: dict[int, Watched] = {}
+        self._holders: dict[str, set[Watched]] = {}
+        self._quotes: dict[str, Quote] = {}
+        self._quotes_by_price_subject: dict[str, Quote] = {}
+        self._quotes_are_behind = False
+        self._is_heard = False
+        self._readings = 0
+        self._wanted = asyncio.Event()
+        self._watching_symbols = asyncio.Lock()
+        portfolios_watched.set_function(lambda: len(self._by_user))
+
+    # ---- watching --------------------------------------------------------------------------------
+
+    async def watch(self, subject: str) -> Watched:
+        """Return the user's portfolio, up to date; `add` a watcher to it soon.
+
+        Raises Problem for a user who has none, DatabaseUnavailable.
+        """
+        while True:
+            watched = self._by_subject.setdefault(subject, Watched(subject))
+            watched.visitors += 1
+            try:
+                async with watched.reading:
+                    if self._by_subject.get(subject) is watched:  # else it has just come to its end
+                        if watched.is_behind:
+                            await self._read_holdings(watched)
+                        return watched
+            finally:
+                watched.visitors -= 1
+                watched.unwatched_since = time.monotonic()
+
+    def add(self, watched: Watched, watcher: Watcher) -> None:
+        """Let the watcher see the portfolio until it is removed."""
+        watched.watchers.add(watcher)
+        if watched.is_behind:
+            self._wanted.set()
+        if self._by_subject.get(watched.subject) is not watched:  # it has just come to its end
+            watcher.end("going_away")
+
+    def remove(self, watched: Watched, watcher: Watcher) -> None:
+        watched.watchers.discard(watcher)
+        watched.unwatched_since = time.monotonic()
+
+    def watchers_of(self, subject: str) -> int:
+        watched = self._by_subject.get(subject)
+        return 0 if watched is None else len(watched.watchers)
+
+    def end(self) -> None:
+        """End all watching, as the gateway stops."""
+        for watched in tuple(self._by_subject.values()):
+            watched.end("going_away")
+
+    # ---- hearing the bus -------------------------------------------------------------------------
+
+    def heard(self, subject: str, payload: bytes) -> None:
+        quote = self._quotes_by_price_subject.get(subject)
+        try:
+            if quote is not None:
+                tick = PriceTick.model_validate_json(payload)
+                if tick.symbol == quote.symbol and quote.is_newer(tick.sequence, tick.received_at):
+                    self._price(quote, tick, tick.received_at)
+            elif subject == PRICES_CONFIRMED:
+                self._confirm(PricesConfirmed.model_validate_json(payload))
+        except ValidationError as error:
+            reason = str(error.errors()[0]["msg"])
+            log.warning("message_malformed", subject=subject, reason=reason, size=len(payload))
+
+    def interrupted(self) -> None:
+        self._is_heard = False
+        self._read_prices_soon()
+
+    def resumed(self) -> None:
+        self._is_heard = True
+        self._read_prices_soon()
+
+    def _price(self, quote: Quote, tick: PriceTick, confirmed_at: datetime) -> None:
+        quote.take(tick, confirmed_at)
+        quote.status = price_status(quote.symbol, quote.feed, confirmed_at, self._moment)
+        self._touch(quote.symbol)
+
+    def _confirm(self, confirmed: PricesConfirmed) -> None:
+        for symbol in confirmed.symbols:
+            quote = self._quotes.get(symbol)
+            if quote is not None:
+                self._confirm_quote(quote, confirmed.confirmed_at)
+
+    def _confirm_quote(self, quote: Quote, confirmed_at: datetime) -> None:
+        if quote.confirmed_at is not None:
+            quote.confirmed_at = max(quote.confirmed_at, confirmed_at)
+            self._judge(quote)
+
+    def _judge(self, quote: Quote) -> None:
+        """Say whether the price is live still, or again."""
+        if quote.confirmed_at is not None:
+            status = price_status(quote.symbol, quote.feed, quote.confirmed_at, self._moment)
+            if status is not quote.status:
+                quote.status = status
+                self._touch(quote.symbol)
+
+    def _touch(self, symbol: str) -> None:
+        for watched in self._holders.get(symbol, ()):
+            assert watched.portfolio is not None
+            watched.portfolio.touch(symbol)
+            watched.wake()
+
+    # ---- hearing the database ----------------------------------------------------------------------
+
+    def changed(self, user_id: int | None) -> None:
+        """Learn that cash or positions of a user have changed, or perhaps of anybody."""
+        if user_id is None:
+            concerned = list(self._by_user.values())
+        else:
+            concerned = [self._by_user[user_id]] if user_id in self._by_user else []
+        for watched in concerned:
+            watched.is_behind = True
+        if concerned:
+            self._wanted.set()
+
+    # ---- reading ---------------------------------------------------------------------------------
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Look at the time, and read what has changed, until `stop` is set."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._look_every_second(stop))
+            tasks.create_task(self._read_what_changes(stop))
+            await stop.wait()
+            self._wanted.set()
+
+    async def _read_what_changes(self, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            self._wanted.clear()
+            pause = None
+            try:
+                if self._quotes_are_behind:
+                    self._quotes_are_behind = False
+                    await self._read_prices(self._quotes)
+                behind = [
+                    watched for watched in self._by_user.values() if watched.is_behind and watched.watchers
+                ]
+                for start in range(0, len(behind), READINGS_AT_ONCE_MAX):
+                    await asyncio.gather(*map(self._read_again, behind[start : start + READINGS_AT_ONCE_MAX]))
+            except (DatabaseUnavailable, SchemaMissing):  # said by the readiness check, and by who asks
+                self._quotes_are_behind = True
+                pause = RETRY_SECONDS
+            if not self._is_heard and self._quotes:
+                self._quotes_are_behind = True
+                pause = UNHEARD_SECONDS
+            if pause is None:
+                await self._wanted.wait()
+            else:
+                await wait_for_stop(stop, pause)
+
+    async def _read_again(self, watched: Watched) -> None:
+        async with watched.reading:
+            try:
+                if watched.is_behind:
+                    await self._read_holdings(watched)
+            except problems.Problem as problem:
+                is_gone = problem.kind is problems.USER_UNKNOWN
+                watched.end("user_unknown" if is_gone else "user_deactivated")
+                self._forget(watched)
+
+    async def _read_holdings(self, watched: Watched) -> None:
+        """Read what the user holds; raises Problem when there is nobody to hold it."""
+        watched.is_behind = False  # what changes from here on may not be read
+        self._readings += 1
+        try:
+            holdings = await self._holdings(watched.subject)
+            await self._watch_symbols([holding.ticker for holding in holdings.positions])
+            self._hold(watched, holdings)
+        except BaseException:
+            watched.is_behind = True
+            raise
+        finally:
+            self._readings -= 1
+        watched.wake()
+
+    async def _holdings(self, subject: str) -> Holdings:
+        source = replica.showing(self._database, time.monotonic())
+        found = await queries.holdings(source, subject)
+        if found is None:
+            raise problems.user_unknown()
+        if not found.is_active:
+            raise problems.user_deactivated()
+        return found
+
+    def _hold(self, watched: Watched, holdings: Holdings) -> None:
+        self._let_go(watched)
+        portfolio = watched.portfolio
+        if portfolio is None or portfolio.holdings.user_id != holdings.user_id:
+            watched.portfolio = Portfolio(holdings, self._quotes, self._market)
+        else:
+            portfolio.hold(holdings, self._quotes)
+        self._by_user[holdings.user_id] = watched
+        for holding in holdings.positions:
+            self._holders.setdefault(holding.ticker, set()).add(watched)
+
+    def _let_go(self, watched: Watched) -> None:
+        if watched.portfolio is not None:
+            holdings = watched.portfolio.holdings
+            if self._by_user.get(holdings.user_id) is watched:
+                del self._by_user[holdings.user_id]
+            for holding in holdings.positions:
+                self._holders[holding.ticker].discard(watched)
+
+    def _forget(self, watched: Watched) -> None:
+        self._let_go(watched)
+        if self._by_subject.get(watched.subject) is watched:
+            del self._by_subject[watched.subject]
+
+    async def _watch_symbols(self, symbols: list[str]) -> None:
+        """Hear these symbols from now on, and read the prices that came before."""
+        async with self._watching_symbols:  # so that nobody goes on while another reads the same prices
+            new = [symbol for symbol in symbols if symbol not in self._quotes]
+            for symbol in new:
+                self._quotes[symbol] = self._quotes_by_price_subject[price_subject(symbol)] = Quote(symbol)
+            try:
+                if new:
+                    await self._read_prices(new)
+            except BaseException:
+                self._read_prices_soon()
+                raise
+
+    def _read_prices_soon(self) -> None:
+        self._quotes_are_behind = True
+        self._wanted.set()
+
+    async def _read_prices(self, symbols: Iterable[str]) -> None:
+        """Take the cached prices, where none newer was heard."""
+        sequences = {symbol: self._quotes[symbol].sequence for symbol in symbols}
+        source = replica.showing(self._database, time.monotonic())
+        found = {price.symbol: price for price in await queries.prices(source, list(sequences))}
+        for symbol, sequence in sequences.items():
+            quote, price = self._quotes.get(symbol), found.get(symbol)
+            if quote is None:
+                continue
+            if price is None:
+                if quote.price is not None and quote.sequence == sequence:
+                    quote.drop()
+                    self._touch(symbol)
+            elif quote.is_newer(price.sequence, price.received_at):
+                self._price(quote, price, price.confirmed_at)
+            else:
+                self._confirm_quote(quote, price.confirmed_at)
+
+    # ---- time ------------------------------------------------------------------------------------
+
+    async def _look_every_second(self, stop: asyncio.Event) -> None:
+        while not await wait_for_stop(stop, LOOK_SECONDS):
+            self.look(utc_now())
+
+    def look(self, now: datetime) -> None:
+        """Bring to light what time has changed, and forget what nobody watches."""
+        self._moment = market_moment(self._calendar.hours, now)
+        market = market_text(self._moment)
+        if market != self._market:
+            self._market = market
+            for watched in self._by_user.values():
+                assert watched.portfolio is not None
+                watched.portfolio.tell_market(market)
+                watched.wake()
+        for quote in self._quotes.values():
+            self._judge(quote)
+        unwatched_since_min = time.monotonic() - UNWATCHED_SECONDS_MAX
+        for watched in tuple(self._by_subject.values()):
+            for watcher in tuple(watched.watchers):
+                watcher.pass_second(now)
+            is_over = watched.portfolio is None or watched.unwatched_since < unwatched_since_min
+            if is_over and not watched.watchers and not watched.visitors:
+                self._forget(watched)
+        if not self._readings:
+            for symbol in [symbol for symbol in self._quotes if not self._holders.get(symbol)]:
+                self._holders.pop(symbol, None)
+                del self._quotes[symbol], self._quotes_by_price_subject[price_subject(symbol)]
+
+
+class Notifications:
+    """Hears the database for `Live`."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self.are_heard = False
+
+    def notified(self, payload: str) -> None:
+        self._live.changed(int(payload) if payload else None)
+
+    def interrupted(self) -> None:
+        self.are_heard = False
+
+    def resumed(self) -> None:
+        self.are_heard = True
+        self._live.changed(None)
+
+    async def check(self) -> str | None:
+        """Say for readiness whether changes of positions are heard; streams show the last known ones without."""
+        return None if self.are_heard else health.Note("changes of positions and cash are not heard")
