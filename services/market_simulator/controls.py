@@ -43,16 +43,16 @@ Instant = Annotated[int, BeforeValidator(_instant)]
 SymbolText = Annotated[str, StringConstraints(max_length=32), BeforeValidator(_symbol)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ClockBody(_Body):
+class ClockBody(Body):
     at: Instant | None = Field(default=None, ge=0)
     speed: float | None = Field(default=None, ge=0, le=1e6, allow_inf_nan=False)
 
 
-class PinBody(_Body):
+class PinBody(Body):
     price: Decimal = Field(gt=0, max_digits=15, decimal_places=9, allow_inf_nan=False)
     at: Instant | None = Field(default=None, ge=0)
 
@@ -75,12 +75,12 @@ def routes(simulator: Simulator) -> list[web.RouteDef]:
 
 
 async def _status(simulator: Simulator, _: web.Request) -> web.Response:
-    return answer(_state(simulator))
+    return answer(state(simulator))
 
 
 async def _set_clock(simulator: Simulator, request: web.Request) -> web.Response:
     """Set a replay's instant, its speed, or both: `{"at": "2013-10-11T20:00:00Z", "speed": 0}`."""
-    body = await _body(request, _CLOCK)
+    body = await body_of(request, _CLOCK)
     if isinstance(body, web.Response):
         return body
     if not isinstance(simulator.clock, ReplayClock):
@@ -88,47 +88,49 @@ async def _set_clock(simulator: Simulator, request: web.Request) -> web.Response
             409, "only a replay has a clock that can be set; the synthetic market lives in real time"
         )
     simulator.clock.set(body.at, body.speed)
-    return answer(_state(simulator))
+    if body.at is not None:
+        simulator.streams.clock_was_set()
+    return answer(state(simulator))
 
 
 async def _pin_prices(simulator: Simulator, request: web.Request) -> web.Response:
     """Pin the latest trade of symbols, known or not: `{"AAPL": {"price": 175.00, "at": "2026-11-20T15:00:00Z"}}`."""
-    body = await _body(request, _PINS)
+    body = await body_of(request, _PINS)
     if isinstance(body, web.Response):
         return body
-    if len(simulator.pins.keys() | body.keys()) > PINS_MAX:
+    if len(simulator.tape) + sum(symbol not in simulator.tape for symbol in body) > PINS_MAX:
         return error(422, f"more than {PINS_MAX} pinned prices")
     now_ns = simulator.clock.now_ns()
-    for symbol, pin in body.items():
-        simulator.pin(symbol, pin.price, now_ns if pin.at is None else pin.at)
-    return answer(_state(simulator))
+    simulator.pin({symbol: (pin.price, now_ns if pin.at is None else pin.at) for symbol, pin in body.items()})
+    return answer(state(simulator))
 
 
 async def _unpin_prices(simulator: Simulator, request: web.Request) -> web.Response:
     """Unpin the symbols of the query (`?symbols=AAPL,BTC/USD`), or all."""
-    for symbol in request.query["symbols"].split(",") if "symbols" in request.query else list(simulator.pins):
-        simulator.pins.pop(symbol, None)
-    return answer(_state(simulator))
+    simulator.unpin(
+        request.query["symbols"].split(",") if "symbols" in request.query else simulator.tape.pins
+    )
+    return answer(state(simulator))
 
 
 async def _order_fault(simulator: Simulator, request: web.Request) -> web.Response:
     """Order a fault: `{"kind": "rate_limited", "times": 2, "retry_after_seconds": 5}`; see `faults` for the kinds."""
-    body = await _body(request, _FAULT)
+    body = await body_of(request, _FAULT)
     if isinstance(body, web.Response):
         return body
     try:
         simulator.faults.add(body, time.monotonic())
     except OverflowError as full:
         return error(422, str(full))
-    return answer(_state(simulator), status=201)
+    return answer(state(simulator), status=201)
 
 
 async def _clear_faults(simulator: Simulator, _: web.Request) -> web.Response:
     simulator.faults.clear()
-    return answer(_state(simulator))
+    return answer(state(simulator))
 
 
-async def _body(request: web.Request, body_type: TypeAdapter[T]) -> T | web.Response:
+async def body_of(request: web.Request, body_type: TypeAdapter[T]) -> T | web.Response:
     """Return the body as its type, or the 422 that says in words what is wrong with it."""
     try:
         return body_type.validate_json(await request.read())
@@ -140,7 +142,8 @@ async def _body(request: web.Request, body_type: TypeAdapter[T]) -> T | web.Resp
         return error(422, "; ".join(words))
 
 
-def _state(simulator: Simulator) -> dict[str, Any]:
+def state(simulator: Simulator) -> dict[str, Any]:
+    """Return what the simulator is doing, for people and tests."""
     clock = simulator.clock
     return {
         "simulated": True,
@@ -152,8 +155,11 @@ def _state(simulator: Simulator) -> dict[str, Any]:
         "symbols": simulator.market.symbols,
         "pinned": {
             symbol: {"price": number(pin.price), "at": rfc3339(pin.at_ns)}
-            for symbol, pin in simulator.pins.items()
+            for symbol, pin in simulator.tape.pins.items()
         },
         "faults": simulator.faults.listed(time.monotonic()),
         "requests": simulator.requests,
+        "streams": [stream.listed() for stream in simulator.streams.open],
+        "stream_faults": simulator.streams.faults.listed(time.monotonic()),
+        "load": None if (load := simulator.tape.load) is None else load.listed(),
     }

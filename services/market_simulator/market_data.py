@@ -14,12 +14,12 @@ _BARS_AT_ONCE = 10  # then other requests get their turn
 
 
 def latest_trade(simulator: Simulator, asked: Question, symbol: str) -> Json | None:
-    trade = simulator.latest_trade(symbol, asked.now_ns)
+    trade = simulator.tape.latest(symbol, asked.now_ns)
     return asked.venue.trade(symbol, trade, asked.feed) if trade else None
 
 
 def latest_quote(simulator: Simulator, asked: Question, symbol: str) -> Json | None:
-    trade = simulator.latest_trade(symbol, asked.now_ns)
+    trade = simulator.tape.latest(symbol, asked.now_ns)
     return asked.venue.quote(symbol, trade, asked.feed) if trade else None
 
 

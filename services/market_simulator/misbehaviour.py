@@ -55,10 +55,16 @@ def _simple_replacement(request: web.Request, fault: Replacement) -> web.Respons
 
 def _reset(request: web.Request) -> web.Response:
     if request.transport is not None:
-        connection: socket.socket = request.transport.get_extra_info("socket")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT_AT_CLOSE)
-        request.transport.abort()
+        break_off(request.transport)
     return web.Response()
+
+
+def break_off(transport: asyncio.Transport) -> None:
+    """End a connection with a reset."""
+    connection: socket.socket | None = transport.get_extra_info("socket")
+    if connection is not None and not transport.is_closing():
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT_AT_CLOSE)
+    transport.abort()
 
 
 def _closed(request: web.Request) -> web.Response:

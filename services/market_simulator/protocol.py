@@ -83,6 +83,7 @@ async def _data(simulator: Simulator, venue: Venue, ask: _Ask, request: web.Requ
         bad = faults[-1] if faults and not isinstance(faults[-1], SPOILERS) else None
         if bad is not None and bad.kind != "byte_drip":
             return await replacement(request, bad, b"", simulator.data_limit.per_minute)
+        simulator.streams.turn()  # what is answered has been streamed
         now_ns = simulator.clock.now_ns()
         payload = await ask(question(venue, request.query, request.match_info, now_ns), request)
         if not faults:

@@ -25,9 +25,9 @@ from shared.market_hours import NEW_YORK
 LIMIT_DEFAULT = 1000
 LIMIT_MAX = 10_000
 
-_FEEDS = {"delayed_sip", "iex", "otc", "sip", "boats", "overnight"}
-_LOCATIONS = {"us", "us-1", "us-2", "eu-1", "bs-1"}
-_DELAY_NS = 15 * 60 * SECOND_NS
+FEEDS = {"delayed_sip", "iex", "otc", "sip", "boats", "overnight"}
+LOCATIONS = {"us", "us-1", "us-2", "eu-1", "bs-1"}
+DELAY_NS = 15 * 60 * SECOND_NS
 _YYYY_MM_DD = re.compile(r"\d{4}-\d\d-\d\d")
 
 
@@ -89,7 +89,7 @@ def asked_symbols(query: Mapping[str, str], path: Mapping[str, str]) -> list[str
 def question(venue: Venue, query: Mapping[str, str], path: Mapping[str, str], now_ns: int) -> Question:
     """Understand the parameters that all endpoints have."""
     location = path.get("loc", "us")
-    if location not in _LOCATIONS:
+    if location not in LOCATIONS:
         raise Refused(400, f"invalid location: {location}")
     if "symbol" not in path and not query.get("symbols"):
         raise Refused(400, "symbols is required")
@@ -98,11 +98,11 @@ def question(venue: Venue, query: Mapping[str, str], path: Mapping[str, str], no
         if not venue.symbol.fullmatch(symbol):
             raise Refused(400, f"invalid symbol: {symbol}")
     feed = query.get("feed", "iex")
-    if feed not in _FEEDS:
+    if feed not in FEEDS:
         raise Refused(400, f"invalid feed: {feed}")
     if query.get("currency", "USD") != "USD":
         raise Refused(400, f"invalid currency: {query['currency']}, this market has US dollars only")
-    at_ns = now_ns - _DELAY_NS if feed == "delayed_sip" else now_ns
+    at_ns = now_ns - DELAY_NS if feed == "delayed_sip" else now_ns
     return Question(venue, tuple(dict.fromkeys(symbols)), feed, at_ns)
 
 

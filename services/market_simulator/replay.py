@@ -73,6 +73,13 @@ class ReplayMarket:
             exchange="V",
         )
 
+    def next_trade_ns(self, symbol: str, after_ns: int) -> int | None:
+        series = self._series.get(symbol)
+        if series is None:
+            return None
+        following = bisect_left(series.starts, after_ns - MINUTE_NS + 2)
+        return series.starts[following] + MINUTE_NS - 1 if following < len(series.starts) else None
+
     def next_minute(self, symbol: str, at_ns: int) -> int | None:
         series = self._series.get(symbol)
         if series is None:

@@ -1,12 +1,13 @@
-"""The simulator as an HTTP server: one port for the data host, the trading host, the controls and health."""
+"""The simulator as a server: one port for the data host, its streams, the trading host, the controls and health."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from services.market_simulator import controls, protocol
+from services.market_simulator import controls, protocol, stream_controls, stream_protocol
 from services.market_simulator.answers import SIMULATED, error
 from services.market_simulator.simulator import Simulator
 from shared import health
@@ -23,9 +24,16 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def application(simulator: Simulator) -> web.Application:
     app = web.Application(middlewares=[_errors_as_json], client_max_size=_BODY_BYTES_MAX)
     app.add_routes(protocol.routes(simulator))
+    app.add_routes(stream_protocol.routes(simulator))
     app.add_routes(controls.routes(simulator))
+    app.add_routes(stream_controls.routes(simulator))
     app.add_routes(health.routes(SERVICE, {}))
     app.on_response_prepare.append(_say_simulated)
+
+    async def close_streams(_: web.Application) -> None:
+        simulator.streams.close()
+
+    app.on_shutdown.append(close_streams)
     return app
 
 
@@ -51,7 +59,10 @@ async def serving(simulator: Simulator, host: str, port: int) -> AsyncIterator[s
             reason = os.strerror(code) if code > 0 else failure.strerror
             raise SettingsError(f"SIMULATOR_PORT {port} on {host} cannot be used: {reason}") from failure
         address = runner.addresses[0]
-        yield f"http://{f'[{address[0]}]' if ':' in address[0] else address[0]}:{address[1]}"
+        async with asyncio.TaskGroup() as tasks:
+            streaming = tasks.create_task(simulator.streams.run())
+            yield f"http://{f'[{address[0]}]' if ':' in address[0] else address[0]}:{address[1]}"
+            streaming.cancel()
     finally:
         await runner.cleanup()
 

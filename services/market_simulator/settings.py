@@ -11,7 +11,7 @@ class Settings(LogSettings):
     simulator_host: str = Field(
         default="127.0.0.1", description="Address that the market simulator listens on."
     )
-    simulator_port: Port = Field(default=8090, description="Its port, for data, trading host and /healthz.")
+    simulator_port: Port = Field(default=8090, description="Its port, for data, streams, trading host and /healthz.")
     simulator_seed: int = Field(default=1, description="Chooses the synthetic market's random walk.")
     simulator_replay_file: Path | None = Field(
         default=None,
@@ -26,6 +26,11 @@ class Settings(LogSettings):
     )
     simulator_rate_limit: int = Field(
         default=200, ge=1, description="Requests a minute that each key may make, as Alpaca's basic plan."
+    )
+    simulator_stream_symbols_max: int = Field(
+        default=30,
+        ge=0,
+        description="Symbols that an `iex` stream may have trades and quotes of, as Alpaca's basic plan.",
     )
     simulator_api_key: SecretStr | None = Field(
         default=None, description="The only key id that is let in; any when empty."

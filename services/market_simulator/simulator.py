@@ -1,5 +1,7 @@
 """The simulator's state: its market, its clock, what tests have pinned and which faults they have ordered."""
 
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -12,10 +14,13 @@ from services.market_simulator.market_clock import MarketClock, RealClock, Repla
 from services.market_simulator.replay import ReplayFileError, read_replay
 from services.market_simulator.settings import Settings
 from services.market_simulator.spoiling import LastSent
+from services.market_simulator.streams import Streams
 from services.market_simulator.synthetic import SyntheticMarket
+from services.market_simulator.tape import Tape
 from shared.settings import SettingsError
 
 PINS_MAX = 10_000
+"""Symbols of which tests may pin or report trades."""
 
 
 @dataclass(slots=True)
@@ -25,20 +30,47 @@ class Simulator:
     credentials: Credentials
     data_limit: RateLimit
     trading_limit: RateLimit
+    stream_symbols_max: int
     faults: Faults = field(default_factory=Faults)
     last_sent: LastSent = field(default_factory=LastSent)
-    pins: dict[str, Trade] = field(default_factory=dict)
     requests: int = 0
+    _trade_id: int = 0
+    tape: Tape = field(init=False)
+    streams: Streams = field(init=False)
 
-    def latest_trade(self, symbol: str, at_ns: int) -> Trade | None:
-        """Return the pinned trade of a symbol, else the market's last one at an instant."""
-        return self.pins.get(symbol) or self.market.latest_trade(symbol, at_ns)
+    def __post_init__(self) -> None:
+        self.tape = Tape(self.market)
+        self.streams = Streams(self.tape, self.clock, self.credentials)
 
-    def pin(self, symbol: str, price: Decimal, at_ns: int) -> None:
-        """Make a trade the latest one of a symbol until it is unpinned."""
-        self.pins[symbol] = Trade(
-            at_ns=at_ns, price=price, size=Decimal(100), id=at_ns // 1000, exchange="V", conditions=("@",)
-        )
+    def pin(self, prices: Mapping[str, tuple[Decimal, int]]) -> None:
+        """Make trades of a price and an instant the latest ones of symbols until they are unpinned, and stream them."""
+        trades = {
+            symbol: Trade(
+                at_ns=at_ns,
+                price=price,
+                size=Decimal(100),
+                id=self.new_trade_id(),
+                exchange="V",
+                conditions=("@",),
+            )
+            for symbol, (price, at_ns) in prices.items()
+        }
+        self.streams.turn()
+        for symbol, trade in trades.items():
+            self.tape.pin(symbol, trade)
+        self.streams.announce(trades.items())
+
+    def unpin(self, symbols: Iterable[str]) -> None:
+        """Let symbols trade by themselves again."""
+        pinned = [symbol for symbol in symbols if symbol in self.tape.pins]
+        for symbol in pinned:
+            self.tape.unpin(symbol)
+        self.streams.announce_latest(pinned)
+
+    def new_trade_id(self) -> int:
+        """Return an id that no trade has, small enough to be exact in every JSON."""
+        self._trade_id = max(self._trade_id + 1, time.time_ns() // 1000)
+        return self._trade_id
 
     def source(self) -> str:
         """Say in words where the prices come from."""
@@ -57,6 +89,7 @@ def build(settings: Settings) -> Simulator:
         credentials=Credentials(settings.simulator_api_key, settings.simulator_secret_key),
         data_limit=RateLimit(settings.simulator_rate_limit),
         trading_limit=RateLimit(settings.simulator_rate_limit),
+        stream_symbols_max=settings.simulator_stream_symbols_max,
     )
 
 
