@@ -12,7 +12,7 @@ from decimal import ROUND_HALF_UP, Context, Decimal
 
 import orjson
 
-from shared.freshness import PriceStatus
+from shared.freshness import MarketMoment, PriceStatus
 from shared.messages import PriceTick
 
 VALUE_LIMIT = Decimal(10) ** 12
@@ -271,6 +271,14 @@ def gain_percent(gain: Decimal, cost_basis: Decimal) -> Decimal:
     if not cost_basis:
         return _ZERO
     return _EXACT.quantize(_EXACT.divide(_EXACT.multiply(gain, _HUNDRED), cost_basis), _CENT)
+
+
+def market_text(moment: MarketMoment) -> str:
+    """Write the JSON that says whether equities trade."""
+    return (
+        f'{{"is_open":{_boolean(moment.is_open)},"next_open":"{instant_text(moment.next_open)}",'
+        f'"next_close":"{instant_text(moment.next_close)}"}}'
+    )
 
 
 def price_text(price: Decimal) -> str:
