@@ -8,7 +8,7 @@ from zoneinfo import ZoneInfo
 from aiohttp import web
 from prometheus_client import Gauge
 
-from services.api_gateway import connections, openapi, portfolio
+from services.api_gateway import connections, openapi, pages, portfolio
 from services.api_gateway.auth import Verifier
 from services.api_gateway.charts import Charts, News
 from services.api_gateway.edge import Edge
@@ -46,6 +46,7 @@ def application(
             web.get("/api/portfolio/performance", portfolio.chart),
             web.get("/api/openapi.json", openapi.served),
             *health.routes("api_gateway", checks),
+            *pages.routes(settings.gateway_page_token),
         ]
     )
     return app

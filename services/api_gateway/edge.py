@@ -40,10 +40,11 @@ _SECURITY_HEADERS = CIMultiDict(
         "Server": "foliotick",
         "X-Content-Type-Options": "nosniff",
         "X-Frame-Options": "DENY",
-        "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
         "Referrer-Policy": "no-referrer",
     }
 )
+_CONTENT_SECURITY_POLICY = "default-src 'none'; frame-ancestors 'none'"
+"""Of every answer that has none of its own."""
 _PREFLIGHT_HEADERS = {
     "Access-Control-Allow-Methods": "GET",
     "Access-Control-Allow-Headers": "Authorization, If-None-Match, X-Request-Id",
@@ -230,6 +231,7 @@ class Edge:
     def _add_headers(self, headers: CIMultiDict[str], request_id: str, origin: str | None) -> None:
         headers[_X_REQUEST_ID] = request_id
         headers.update(_SECURITY_HEADERS)
+        headers.setdefault("Content-Security-Policy", _CONTENT_SECURITY_POLICY)
         headers.setdefault(hdrs.CACHE_CONTROL, "no-store")
         if self.allowed_origins:
             headers["Vary"] = f"{headers['Vary']}, Origin" if "Vary" in headers else "Origin"

@@ -90,6 +90,11 @@ class Settings(ServiceSettings):
         default=64, ge=0, le=4096, description="Memory for finished charts; with 0 none is kept."
     )
 
+    gateway_page_token: SecretStr | None = Field(
+        default=None,
+        description="A token that the page signs in with by itself, on this machine alone; for demonstrations.",
+    )
+
     @field_validator("jwt_jwks_url")
     @classmethod
     def _exactly_one_trust(cls, url: str | None, info: ValidationInfo) -> str | None:

@@ -48,7 +48,7 @@ async def read_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]
 # ---- addresses and methods -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/", "/api", "/api/portfolio/current/", "/API/portfolio/current", "/%00"])
+@pytest.mark.parametrize("path", ["/api", "/api/portfolio/current/", "/API/portfolio/current", "/%00"])
 async def test_unknown_address_is_a_problem(gateway: Gateway, path: str) -> None:
     answer = await gateway.get(path)
     assert answer.status == 404
