@@ -1,6 +1,6 @@
 # Commands of the project; `make` alone lists them. Everything runs from a virtual environment of its own.
 .DEFAULT_GOAL := help
-.PHONY: help run token smoke admin load-demo test check format bench env up down verify lock openapi clean
+.PHONY: help run token smoke admin load-demo test check format bench env up down verify lock openapi asyncapi clean
 
 # Compiled modules are kept, else every start would compile pandas anew.
 export PYTHONDONTWRITEBYTECODE =
@@ -62,6 +62,9 @@ verify: $(DEVELOPMENT) ## build docker-compose.yml in a project of its own, ask 
 
 openapi: $(DEVELOPMENT) ## write docs/openapi.json from the response models
 	@exec $(BIN)/python -m services.api_gateway.openapi > docs/openapi.json
+
+asyncapi: $(DEVELOPMENT) ## write docs/asyncapi.yaml from the messages of the bus
+	@exec $(BIN)/python -m shared.asyncapi > docs/asyncapi.yaml
 
 lock: $(DEVELOPMENT) ## compile requirements/ from pyproject.toml
 	@for name in services local bench development; do \

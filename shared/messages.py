@@ -74,8 +74,8 @@ class Message(BaseModel):
 class PriceTick(Message):
     """A symbol's last trade has changed. On `prices.v1.<class>.<token>`, last value kept."""
 
-    symbol: Symbol
-    price: Price
+    symbol: Symbol = Field(description="The instrument at the venue: `AAPL`, `BRK.B`, `BTC/USD`.")
+    price: Price = Field(description="Of the last trade, in US dollars per share or coin.")
     traded_at: AwareDatetime = Field(description="When the trade happened at the venue.")
     received_at: AwareDatetime = Field(description="When the price feeder received it.")
     feed: str = Field(description="Where it comes from: `iex`, `sip`, `us` (crypto) or `simulated`.")
@@ -85,9 +85,11 @@ class PriceTick(Message):
 class SnapshotDue(Message):
     """A shard's portfolios are to be valued for a slot. On `timer.v1.snapshot`, at least once."""
 
-    scheduled_at: AwareDatetime
-    shard: int = Field(default=0, ge=0)
-    shards: int = Field(default=1, ge=1, le=1024)
+    scheduled_at: AwareDatetime = Field(description="The slot; becomes the timestamp of its snapshots.")
+    shard: int = Field(default=0, ge=0, description="Which of the shards, counted from 0.")
+    shards: int = Field(
+        default=1, ge=1, le=1024, description="Into how many units of work the slot is divided."
+    )
 
     @model_validator(mode="after")
     def _shard_exists(self) -> Self:
@@ -99,12 +101,12 @@ class SnapshotDue(Message):
 class SnapshotsTaken(Message):
     """A shard's snapshots of a slot are committed. On `portfolio.v1.snapshots_taken`."""
 
-    scheduled_at: AwareDatetime
-    shard: int
-    shards: int
-    portfolios: int
-    positions: int
-    unpriced: int
+    scheduled_at: AwareDatetime = Field(description="The slot, and the timestamp of its snapshots.")
+    shard: int = Field(description="Which of the shards, counted from 0.")
+    shards: int = Field(description="Into how many units of work the slot is divided.")
+    portfolios: int = Field(description="Snapshots of portfolios.")
+    positions: int = Field(description="Positions with a price in them.")
+    unpriced: int = Field(description="Positions without a price, left out of the values.")
 
 
 class SnapshotRequested(Message):
@@ -113,18 +115,18 @@ class SnapshotRequested(Message):
     Refused with 429 while the user's last request is too young, 404 for an unknown user, 403 for a deactivated one.
     """
 
-    user_id: int
+    user_id: int = Field(description="As `users.id`.")
     requested_at: AwareDatetime = Field(description="Becomes the snapshot's timestamp.")
 
 
 class SnapshotTaken(Message):
     """A user's requested snapshot is committed. On `portfolio.v1.requested_snapshot_taken`."""
 
-    user_id: int
-    timestamp: AwareDatetime
-    total_value: Money
-    cash_balance: Money
-    investment_value: Money
+    user_id: int = Field(description="As `users.id`.")
+    timestamp: AwareDatetime = Field(description="The snapshot's; the moment of the request.")
+    total_value: Money = Field(description="Investment value and cash, in US dollars.")
+    cash_balance: Money = Field(description="In US dollars.")
+    investment_value: Money = Field(description="The sum of all priced positions, in US dollars.")
     unpriced_positions: int = Field(ge=0, description="Positions without a price, left out of the values.")
     simulated: bool = Field(description="A price behind it comes from a market simulator.")
 
@@ -145,8 +147,8 @@ class FeedStatus(Message):
     """The state of the price feed has changed. On `feed.v1.status`, last value kept."""
 
     state: FeedState
-    since: AwareDatetime
-    detail: str
+    since: AwareDatetime = Field(description="When it came to that.")
+    detail: str = Field(description="Why, for a person.")
     streamed: int = Field(default=0, ge=0, description="Held symbols whose trades are streamed.")
     polled: int = Field(default=0, ge=0, description="Held symbols that are polled alone.")
 
@@ -158,27 +160,33 @@ class PricesConfirmed(Message):
     its market is open, is stale.
     """
 
-    confirmed_at: AwareDatetime
-    symbols: tuple[Symbol, ...]
+    confirmed_at: AwareDatetime = Field(description="When these prices were known to be the last.")
+    symbols: tuple[Symbol, ...] = Field(description="The confirmed ones, in no order.")
 
 
 class PricesRequested(Message):
     """What do these symbols cost? A request on `feed.v1.prices_requested`; the answer is `PricesReply`."""
 
-    symbols: tuple[Symbol, ...] = Field(min_length=1, max_length=1000)
+    symbols: tuple[Symbol, ...] = Field(
+        min_length=1,
+        max_length=1000,
+        description="Of whatever class; one that is named twice is answered once.",
+    )
 
 
 class CurrentPrice(PriceTick):
     """A symbol's last price, and when the feed last confirmed that it is the last."""
 
-    confirmed_at: AwareDatetime
+    confirmed_at: AwareDatetime = Field(description="When the feed last knew that this price is the last.")
 
 
 class PricesReply(Message):
     """The prices that are known, in the order of the request, and the symbols without one."""
 
-    prices: tuple[CurrentPrice, ...]
-    unknown: tuple[Symbol, ...]
+    prices: tuple[CurrentPrice, ...] = Field(description="Of the symbols that have one.")
+    unknown: tuple[Symbol, ...] = Field(
+        description="Symbols without a price: not held, or unknown to the market."
+    )
 
 
 class RefreshRequested(Message):
@@ -188,14 +196,14 @@ class RefreshRequested(Message):
     user, 503 while prices cannot be asked for.
     """
 
-    user_id: int
-    requested_at: AwareDatetime
+    user_id: int = Field(description="As `users.id`.")
+    requested_at: AwareDatetime = Field(description="When the user asked.")
 
 
 class PricesRefreshed(Message):
     """The market was asked for the prices of a user's symbols."""
 
-    refreshed_at: AwareDatetime
+    refreshed_at: AwareDatetime = Field(description="When the answers of the market were stored.")
     symbols: int = Field(ge=0, description="Symbols that the user holds.")
     confirmed: int = Field(
         ge=0, description="Of these, how many have a price that is now known to be the last."
@@ -208,8 +216,8 @@ class StreamTicket(Message):
     """What a ticket to the portfolio stream stands for. On `gateway.v1.tickets.<digest of the ticket>`, taken once."""
 
     subject: str = Field(description="Whose portfolio, as the bearer token said.")
-    ticket_expires_at: AwareDatetime
-    token_expires_at: AwareDatetime
+    ticket_expires_at: AwareDatetime = Field(description="Until when a stream may be begun with it.")
+    token_expires_at: AwareDatetime = Field(description="When the stream ends.")
 
 
 # ---- streams -------------------------------------------------------------------------------------
