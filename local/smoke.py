@@ -178,11 +178,13 @@ def _portfolio_findings(current: Any, simulated: bool | None) -> Iterator[Findin
         f"a symbol that Alpaca does not know stays without; otherwise {_PRICES_ADVICE}" if unpriced else None,
     )
     stale = ", ".join(position["ticker"] for position in positions if position["price_status"] == "stale")
+    is_over = any(position["price_status"] == "closed" for position in positions)
+    resting = f", those of equities rest until {current['market']['next_open']}" if is_over else ""
     yield Finding(
         "are the prices updating",
         f"no, last at {current['last_updated']}, stale: {stale}"
         if stale
-        else f"yes, at {current['last_updated']}",
+        else f"yes, at {current['last_updated']}{resting}",
         _PRICES_ADVICE if stale else None,
     )
     left_over = current["simulated"] and simulated is False

@@ -2,11 +2,12 @@
 
 import asyncio
 
-from services.api_gateway import app, auth, charts, queries, replica
+from services.api_gateway import app, auth, queries, replica
 from services.api_gateway.settings import Settings
 from shared import database as databases
 from shared import health, lifecycle
 from shared.bus import Bus
+from shared.market_calendar import Calendar
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
@@ -32,12 +33,14 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             checks["token_keys"] = verifier.check
         if isinstance(source, replica.Reads):
             checks["read_replica"] = source.check
-        news = charts.News()
+        calendar = Calendar()
         async with (
             health.serving("api_gateway", settings.health_host, settings.health_port, checks),
-            app.serving(settings, source, verifier, checks, news),
+            app.serving(settings, app.Resources(source, verifier, bus, calendar, checks)) as served,
+            asyncio.TaskGroup() as tasks,
         ):
-            await bus.listen(charts.SUBJECTS, news, stop)
+            tasks.create_task(calendar.keep(database, stop))
+            tasks.create_task(app.keep_up(settings, served, bus, stop))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from services.api_gateway.replica import Reads
 from services.api_gateway.settings import Settings
 from shared import health
 from shared.database import Database
+from shared.market_calendar import Calendar
 
 connections_open = Gauge("gateway_database_connections", "Connections to PostgreSQL, by state", ["state"])
 
@@ -26,6 +27,8 @@ def application(
     verifier: Verifier,
     checks: Mapping[str, health.Check],
     news: News,
+    *,
+    calendar: Calendar,
 ) -> web.Application:
     """Return the application with its routes and resources."""
     charts = Charts(
@@ -39,6 +42,7 @@ def application(
     app[portfolio.DATABASE] = database
     app[portfolio.VERIFIER] = verifier
     app[portfolio.CHARTS] = charts
+    app[portfolio.CALENDAR] = calendar
     app.on_cleanup.append(lambda _: charts.close())
     app.add_routes(
         [
@@ -59,13 +63,15 @@ async def serving(
     verifier: Verifier,
     checks: Mapping[str, health.Check],
     news: News,
+    *,
+    calendar: Calendar,
 ) -> AsyncIterator[int]:
     """Serve the API while the block runs, and yield its port."""
     connections_open.labels("in_use").set_function(
         lambda: database.connections_open - database.connections_idle
     )
     connections_open.labels("idle").set_function(lambda: database.connections_idle)
-    app = application(settings, database, verifier, checks, news)
+    app = application(settings, database, verifier, checks, news, calendar=calendar)
     edge_around = partial(
         Edge,
         routes=frozenset(resource.canonical for resource in app.router.resources()),

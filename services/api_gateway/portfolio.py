@@ -13,11 +13,13 @@ from services.api_gateway.performance import Timeframe
 from services.api_gateway.problems import INVALID_UNTIL, UNEXPECTED_PARAMETER, UNKNOWN_TIMEFRAME, Problem
 from services.api_gateway.queries import Source
 from shared.clock import utc_now
-from shared.freshness import PRICE_FRESH_FOR
+from shared.freshness import market_moment
+from shared.market_calendar import Calendar
 
 DATABASE: web.AppKey[Source] = web.AppKey("DATABASE")
 VERIFIER = web.AppKey("VERIFIER", Verifier)
 CHARTS = web.AppKey("CHARTS", Charts)
+CALENDAR = web.AppKey("CALENDAR", Calendar)
 
 TIMEFRAME_PARAMETER, UNTIL_PARAMETER = "timeframe", "until"
 UNTIL_MIN = datetime(1970, 1, 1, tzinfo=UTC)
@@ -45,7 +47,8 @@ async def current(request: web.Request) -> Finished:
     subject = await _subject(request)
     _parameters(request, allowed=())
     now = utc_now()
-    found = await queries.current_portfolio(request.app[DATABASE], subject, now, now - PRICE_FRESH_FOR)
+    moment = market_moment(request.app[CALENDAR].hours, now)
+    found = await queries.current_portfolio(request.app[DATABASE], subject, now, moment)
     if found is None:
         raise problems.user_unknown()
     if not found.is_active:

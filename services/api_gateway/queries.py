@@ -10,8 +10,9 @@ from typing import Protocol, TypeAlias
 import asyncpg
 
 from services.api_gateway.performance import Buckets, MarketDays
-from services.api_gateway.valuation import Holding, Holdings
+from services.api_gateway.valuation import Holding, Holdings, market_text
 from shared.database import Database, DatabaseUnavailable, NewConnection
+from shared.freshness import MarketMoment
 from shared.messages import CurrentPrice
 
 # Planning costs more than running these statements, and no plan of theirs depends on a parameter's value.
@@ -19,6 +20,8 @@ SERVER_SETTINGS = {"plan_cache_mode": "force_generic_plan"}
 
 # `/current` in one statement. Both views are filtered by index: the valuation by subject, the positions by user.
 # Amounts keep their cents; a price shows two to four decimals, a quantity as many as it has.
+# A price's status is that of `shared.freshness.price_status`: $3 is when a live price was confirmed at the earliest, $4
+# the same of one bound to the session while the market is closed, and null while it is open. $5 is the market's JSON.
 CURRENT = """
 SELECT valuation.is_active, row_to_json(answer)::text AS answer
 FROM portfolio_valuations AS valuation
@@ -33,8 +36,16 @@ CROSS JOIN LATERAL (
             json_agg(row_to_json(missing) ORDER BY position.ticker COLLATE "C")
                 FILTER (WHERE position.current_value IS NULL),
             '[]'
-        ) AS unpriced
+        ) AS unpriced,
+        bool_and(position.updated_at > CASE WHEN judged.by_session THEN $4 ELSE $3 END)
+            FILTER (WHERE position.current_value IS NOT NULL) AS all_fresh
     FROM priced_positions AS position
+    CROSS JOIN LATERAL (
+        SELECT
+            $4::timestamptz IS NOT NULL
+            AND strpos(position.ticker, '/') = 0
+            AND position.feed NOT IN ('simulated', 'overnight', 'boats') AS by_session
+    ) AS judged
     CROSS JOIN LATERAL (
         SELECT
             position.ticker,
@@ -50,7 +61,11 @@ CROSS JOIN LATERAL (
             END AS unrealized_gain_loss_percent,
             rtrim(rtrim(to_char(position.traded_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'), '0'), '.')
                 || 'Z' AS price_as_of,
-            CASE WHEN position.updated_at > $3 THEN 'live' ELSE 'stale' END AS price_status,
+            CASE
+                WHEN position.updated_at <= CASE WHEN judged.by_session THEN $4 ELSE $3 END THEN 'stale'
+                WHEN judged.by_session THEN 'closed'
+                ELSE 'live'
+            END AS price_status,
             position.feed AS price_feed
     ) AS priced
     CROSS JOIN LATERAL (
@@ -76,9 +91,10 @@ CROSS JOIN LATERAL (
         rtrim(rtrim(to_char(
             COALESCE(valuation.newest_price_at, $2) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US'
         ), '0'), '.') || 'Z' AS last_updated,
-        COALESCE(valuation.oldest_price_at > $3, valuation.unpriced_positions = 0) AS price_fresh,
+        COALESCE(held.all_fresh, valuation.unpriced_positions = 0) AS price_fresh,
         held.unpriced,
-        valuation.simulated
+        valuation.simulated,
+        $5::json AS market
 ) AS answer
 WHERE valuation.subject = $1
 """
@@ -350,10 +366,12 @@ class Series:
 
 
 async def current_portfolio(
-    source: Source, subject: str, now: datetime, fresh_since: datetime
+    source: Source, subject: str, now: datetime, moment: MarketMoment
 ) -> CurrentPortfolio | None:
     """Return the portfolio valued at the last known prices; None when nobody has this subject."""
-    row = await source.fetch_row(CURRENT, subject, now, fresh_since)
+    row = await source.fetch_row(
+        CURRENT, subject, now, moment.fresh_since, moment.closed_since, market_text(moment)
+    )
     return CurrentPortfolio(**row) if row else None
 
 

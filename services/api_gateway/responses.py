@@ -68,8 +68,10 @@ class Position(Answer):
     unrealized_gain_loss: Dollars
     unrealized_gain_loss_percent: Percent
     price_as_of: Instant
-    price_status: Literal["live", "stale"] = Field(
-        description="`live`: the feed confirmed the price within the last five minutes."
+    price_status: Literal["live", "closed", "stale"] = Field(
+        description="`live`: the feed confirmed the price within the last five minutes. `closed`: the market is closed "
+        "and this is the last price of its session. `stale`: neither, the feed is behind. What trades outside the "
+        "session (crypto, simulated prices) is never `closed`."
     )
     price_feed: str = Field(
         description="Where the price comes from: `iex`, `sip`, `us` (crypto) or `simulated`."
@@ -92,6 +94,16 @@ class UnpricedPosition(Answer):
     )
 
 
+class Market(Answer):
+    """The regular session of US equities, holidays and early closes included. Crypto trades at any time."""
+
+    is_open: bool = Field(description="From the open until before the close.")
+    next_open: Instant = Field(description="When the next session opens; RFC 3339, in UTC.")
+    next_close: Instant = Field(
+        description="When the session under way closes, else the next one; RFC 3339, in UTC."
+    )
+
+
 class CurrentPortfolio(Answer):
     """The portfolio at the last known prices."""
 
@@ -111,7 +123,7 @@ class CurrentPortfolio(Answer):
                             "price_per_share": 175.00,
                             "unrealized_gain_loss": 2500.00,
                             "unrealized_gain_loss_percent": 16.67,
-                            "price_as_of": "2024-01-01T09:59:58.123456Z",
+                            "price_as_of": "2024-01-02T14:59:58.123456Z",
                             "price_status": "live",
                             "price_feed": "iex",
                         },
@@ -123,15 +135,20 @@ class CurrentPortfolio(Answer):
                             "price_per_share": 41000.00,
                             "unrealized_gain_loss": 0.00,
                             "unrealized_gain_loss_percent": 0.00,
-                            "price_as_of": "2024-01-01T09:59:59Z",
+                            "price_as_of": "2024-01-02T14:59:59Z",
                             "price_status": "live",
                             "price_feed": "us",
                         },
                     ],
-                    "last_updated": "2024-01-01T10:00:00Z",
+                    "last_updated": "2024-01-02T15:00:00Z",
                     "price_fresh": True,
                     "unpriced": [],
                     "simulated": False,
+                    "market": {
+                        "is_open": True,
+                        "next_open": "2024-01-03T14:30:00Z",
+                        "next_close": "2024-01-02T21:00:00Z",
+                    },
                 }
             ]
         }
@@ -143,11 +160,12 @@ class CurrentPortfolio(Answer):
     positions: list[Position] = Field(description="In order of their ticker.")
     last_updated: Instant
     price_fresh: bool = Field(
-        description="Every priced position's price was confirmed within the last five minutes. "
+        description="Every priced position's price is `live` or `closed`. "
         "False when there are positions and none has a price; true for cash alone."
     )
     unpriced: list[UnpricedPosition] = Field(description="In order of their ticker.")
     simulated: bool = Field(description="A price behind the value comes from a market simulator.")
+    market: Market
 
 
 class DataPoint(Answer):

@@ -57,7 +57,8 @@ class Settings(ServiceSettings):
         default="https://data.alpaca.markets", description="Market-data host, where prices come from."
     )
     alpaca_base_url: WebAddress = Field(
-        default="https://paper-api.alpaca.markets", description="Trading host; no prices come from it."
+        default="https://paper-api.alpaca.markets",
+        description="Trading host, where the calendar of sessions comes from; no prices do.",
     )
     alpaca_feed: Literal["iex", "sip", "delayed_sip", "boats", "overnight", "otc"] = Field(
         default="iex", description="Source of equity prices; the free plan has `iex`."

@@ -4,9 +4,10 @@ import asyncio
 
 from services.snapshotter import queries, snapshots, timer, upkeep
 from services.snapshotter.settings import Settings
+from shared import clock, health, lifecycle, logs
 from shared import database as databases
-from shared import health, lifecycle, logs
 from shared.bus import Bus
+from shared.market_calendar import Calendar
 
 log = logs.get_logger()
 
@@ -32,9 +33,14 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             log.warning("snapshots_disabled", setting="SNAPSHOT_ENABLED")
             await stop.wait()
             return
+        calendar = Calendar() if settings.snapshot_market_hours_only else None
+        if calendar:
+            await calendar.read(database, clock.utc_now())  # before the first slot is judged
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(timer.run(bus, settings.interval, settings.snapshot_shards, stop))
-            tasks.create_task(snapshots.run(database, bus, settings.interval, stop))
+            if calendar:
+                tasks.create_task(calendar.keep(database, stop))
+            tasks.create_task(timer.run(bus, settings.interval, settings.snapshot_shards, stop, calendar))
+            tasks.create_task(snapshots.run(database, bus, settings.interval, stop, calendar=calendar))
             tasks.create_task(upkeep.run(database, settings.upkeep, stop))
 
 

@@ -24,6 +24,9 @@ class Settings(ServiceSettings):
     snapshot_interval_minutes: Annotated[float, Field(ge=MINUTES_MIN, le=MINUTES_MAX)] = Field(
         default=5, description="Minutes between two slots; a fraction is allowed."
     )
+    snapshot_market_hours_only: bool = Field(
+        default=False, description="Whether slots outside the regular session of US equities are left out."
+    )
     snapshot_shards: Annotated[int, Field(ge=1, le=1024)] = Field(
         default=1, description="Into how many units of work a slot is divided among the replicas."
     )

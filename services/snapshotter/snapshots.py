@@ -16,6 +16,8 @@ from services.snapshotter import queries
 from shared import clock, lifecycle, logs
 from shared.bus import Bus, BusUnavailable, Delivery, Outgoing
 from shared.database import Database, DatabaseUnavailable, SchemaMissing
+from shared.market_calendar import Calendar
+from shared.market_hours import MarketHours
 from shared.messages import SNAPSHOTS_TAKEN, TIMER, SnapshotDue, SnapshotsTaken
 
 CONSUMER = "snapshotter"
@@ -48,27 +50,45 @@ async def run(
     interval: timedelta,
     stop: asyncio.Event,
     *,
+    calendar: Calendar | None = None,
     ack_wait_seconds: float = ACK_WAIT_SECONDS,
 ) -> None:
     """Handle due shards as the stream delivers them, a few at a time, until `stop` is set.
 
-    A shard whose replica is silent for `ack_wait_seconds` is given to another.
+    A shard whose replica is silent for `ack_wait_seconds` is given to another. With `calendar`, slots outside its
+    sessions are skipped, whoever announced them.
     """
     async with asyncio.TaskGroup() as tasks:
         for _ in range(AT_ONCE_MAX):
-            tasks.create_task(_handle_each(database, bus, interval, stop, ack_wait_seconds))
+            tasks.create_task(
+                _handle_each(
+                    database, bus, interval, stop, calendar=calendar, ack_wait_seconds=ack_wait_seconds
+                )
+            )
 
 
 async def _handle_each(
-    database: Database, bus: Bus, interval: timedelta, stop: asyncio.Event, ack_wait_seconds: float
+    database: Database,
+    bus: Bus,
+    interval: timedelta,
+    stop: asyncio.Event,
+    *,
+    calendar: Calendar | None,
+    ack_wait_seconds: float,
 ) -> None:
     async for delivery in bus.consume(TIMER, durable=CONSUMER, ack_wait_seconds=ack_wait_seconds, stop=stop):
         await lifecycle.finish(
-            handle(database, bus, delivery, interval), stop, stop_seconds_max=STOP_SECONDS_MAX
+            handle(database, bus, delivery, interval, calendar), stop, stop_seconds_max=STOP_SECONDS_MAX
         )
 
 
-async def handle(database: Database, bus: Bus, delivery: Delivery, interval: timedelta) -> None:
+async def handle(
+    database: Database,
+    bus: Bus,
+    delivery: Delivery,
+    interval: timedelta,
+    calendar: Calendar | None = None,
+) -> None:
     """Take the snapshots that one message asks for, and answer the message."""
     try:
         due = SnapshotDue.model_validate_json(delivery.payload)
@@ -79,7 +99,8 @@ async def handle(database: Database, bus: Bus, delivery: Delivery, interval: tim
         )
         await delivery.discard()
         return
-    reason = not_takeable(due.scheduled_at, clock.utc_now(), interval)
+    hours = calendar.hours if calendar else None
+    reason = not_takeable(due.scheduled_at, clock.utc_now(), interval, hours)
     if reason:
         shards_handled.labels("skipped").inc()
         log.warning("snapshot_skipped", **_slot(due), reason=reason, deliveries=delivery.deliveries)
@@ -148,12 +169,19 @@ async def take(
     return taken
 
 
-def not_takeable(scheduled_at: datetime, now: datetime, interval: timedelta) -> str | None:
-    """Say why a slot must not be stored at `now`: its prices are gone, or not there yet. None when it may."""
+def not_takeable(
+    scheduled_at: datetime, now: datetime, interval: timedelta, hours: MarketHours | None = None
+) -> str | None:
+    """Say why a slot must not be stored at `now`: its prices are gone, or not there yet. None when it may.
+
+    With `hours`, neither may one outside their sessions.
+    """
     if now - scheduled_at >= interval:
         return f"older than one interval of {interval.total_seconds():g} s: prices are no longer that slot's"
     if scheduled_at - now > CLOCK_SKEW_MAX:
         return "in the future"
+    if hours is not None and not hours.is_in_session(scheduled_at):
+        return "outside the session, and SNAPSHOT_MARKET_HOURS_ONLY is true"
     return None
 
 

@@ -7,6 +7,7 @@ from prometheus_client import Counter
 
 from shared import clock, logs
 from shared.bus import Bus, Outgoing
+from shared.market_calendar import Calendar
 from shared.messages import SNAPSHOT_DUE, SnapshotDue
 
 RETRY_SECONDS = 1.0
@@ -17,14 +18,33 @@ slots_missed = Counter("snapshot_slots_missed", "Slots that could not be publish
 log = logs.get_logger()
 
 
-async def run(bus: Bus, interval: timedelta, shards: int, stop: asyncio.Event) -> None:
+async def run(
+    bus: Bus, interval: timedelta, shards: int, stop: asyncio.Event, calendar: Calendar | None = None
+) -> None:
     """Announce each slot when it is reached, beginning with the current one, until `stop` is set.
 
     Beginning with the slot that is under way means that a restart across a boundary loses no slot; where a
-    replica has announced it already, the stream discards the copy.
+    replica has announced it already, the stream discards the copy. With `calendar`, the slots outside its
+    sessions are left out.
     """
+    is_resting = False
     async for scheduled_at in clock.aligned_ticks(interval, stop):
+        was_resting, is_resting = is_resting, _rests(scheduled_at, calendar, said=is_resting)
+        if is_resting:
+            continue
+        if was_resting:
+            log.info("snapshots_resumed", scheduled_at=scheduled_at.isoformat())
         await announce(bus, scheduled_at, interval, shards, stop)
+
+
+def _rests(scheduled_at: datetime, calendar: Calendar | None, *, said: bool) -> bool:
+    """Tell whether the slot is left out; log it unless that was `said` of the one before."""
+    if calendar is None or calendar.hours.is_in_session(scheduled_at):
+        return False
+    if not said:
+        opens_at = calendar.hours.next_session(scheduled_at).opens_at
+        log.info("snapshots_resting", until=opens_at.isoformat(), setting="SNAPSHOT_MARKET_HOURS_ONLY")
+    return True
 
 
 async def announce(

@@ -10,9 +10,10 @@ from services.api_gateway import queries
 from services.api_gateway.responses import CurrentPortfolio
 from shared.clock import utc_now
 from shared.database import Database
-from shared.freshness import PRICE_FRESH_FOR
+from shared.freshness import PRICE_FRESH_FOR, market_moment
 from tests.factories import create_user, set_position, set_price
 from tests.gateway import Answer, Gateway, bearer, running, token
+from tests.market import closed_now, open_now
 
 CURRENT = "/api/portfolio/current"
 
@@ -208,9 +209,49 @@ async def test_price_confirmed_five_minutes_ago_to_the_instant_is_stale(database
         (confirmed_at + PRICE_FRESH_FOR, "stale"),
         (confirmed_at + PRICE_FRESH_FOR - timedelta(microseconds=1), "live"),
     ):
-        found = await queries.current_portfolio(database, "demo", now, now - PRICE_FRESH_FOR)
+        found = await queries.current_portfolio(database, "demo", now, market_moment(open_now(), now))
         assert found is not None
         assert f'"price_status":"{status}"' in found.answer
+
+
+async def test_while_the_market_is_closed_the_sessions_last_price_is_closed_and_fresh(
+    database: Database, database_url: str
+) -> None:
+    hours = closed_now()
+    now = utc_now()
+    since_close = now - hours.last_session(now).closes_at
+    await create_user(database, positions={"IBM": ("1", "1"), "BTC/USD": ("1", "1")})
+    await set_price(database, "IBM", "10", age=since_close + timedelta(minutes=4))
+    await set_price(database, "BTC/USD", "20", feed="us")
+    async with running(database_url, hours=hours) as gateway:
+        found = portfolio(await gateway.get(CURRENT))
+        assert [(position.ticker, position.price_status) for position in found.positions] == [
+            ("BTC/USD", "live"),
+            ("IBM", "closed"),
+        ]
+        assert found.price_fresh is True
+        await set_price(database, "IBM", "10", age=since_close + timedelta(minutes=6))
+        found = portfolio(await gateway.get(CURRENT))
+        assert [position.price_status for position in found.positions] == ["live", "stale"]
+        assert found.price_fresh is False
+    opens_at, closes_at = (
+        datetime.fromisoformat(at) for at in (found.market.next_open, found.market.next_close)
+    )
+    assert (found.market.is_open, opens_at) == (False, hours.next_session(now).opens_at)
+    assert closes_at - opens_at == timedelta(hours=6, minutes=30)
+
+
+async def test_open_market_says_when_it_closes_and_opens_again(database: Database, database_url: str) -> None:
+    hours = open_now()
+    now = utc_now()
+    await create_user(database, cash="1")
+    async with running(database_url, hours=hours) as gateway:
+        answer = await gateway.get(CURRENT)
+    market = portfolio(answer).market
+    assert list(answer.json())[-1] == "market"
+    assert market.is_open is True
+    assert datetime.fromisoformat(market.next_close) == hours.last_session(now).closes_at
+    assert datetime.fromisoformat(market.next_open) == hours.next_session(now).opens_at
 
 
 async def test_last_updated_is_the_newest_confirmation_of_a_priced_position(
@@ -351,7 +392,7 @@ async def test_one_user_among_ten_thousand_is_found_by_index(database: Database)
     await database.fetch("ANALYZE users, positions")
     now = utc_now()
     for statement, arguments in (
-        (queries.CURRENT, ("user-77", now, now)),
+        (queries.CURRENT, ("user-77", now, now, now, "{}")),
         (queries.LIVE_VALUE, ("user-77",)),
     ):
         plan = "\n".join(

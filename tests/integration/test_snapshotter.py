@@ -21,8 +21,11 @@ from services.snapshotter import queries, snapshots, timer
 from shared.bus import Bus, Outgoing
 from shared.clock import last_boundary, utc_now
 from shared.database import Database
+from shared.market_calendar import Calendar
+from shared.market_hours import MarketHours
 from shared.messages import SNAPSHOT_DUE, TIMER, SnapshotDue, SnapshotsTaken
 from tests.factories import create_user, set_position, set_price
+from tests.market import closed_now, open_now
 from tests.waiting import eventually
 
 SLOT = datetime(2026, 3, 2, 15, 0, tzinfo=UTC)
@@ -310,6 +313,25 @@ def test_slot_is_taken_only_while_its_prices_are_the_current_ones(seconds_ago: i
     assert (reason is None) == takeable
 
 
+@pytest.mark.parametrize(
+    ("slot", "takeable"),
+    [
+        ("2026-11-27T14:25", False),  # a half day, from 9:30 to 13:00 in New York
+        ("2026-11-27T14:30", True),
+        ("2026-11-27T18:00", True),
+        ("2026-11-27T18:05", False),
+        ("2026-11-28T16:00", False),
+        ("2026-03-06T14:30", True),  # the Friday before the clocks go forward
+        ("2026-03-09T13:30", True),
+        ("2026-03-09T20:05", False),
+    ],
+)
+def test_with_market_hours_slots_outside_the_session_are_not_taken(slot: str, takeable: bool) -> None:
+    at = datetime.fromisoformat(f"{slot}Z")
+    reason = snapshots.not_takeable(at, at, timedelta(minutes=5), MarketHours())
+    assert (reason is None) == takeable
+
+
 # ---- with the bus --------------------------------------------------------------------------------
 
 
@@ -393,6 +415,63 @@ async def test_timer_begins_with_the_slot_that_is_under_way(bus: Bus, client: Cl
         stop.set()
     assert due is not None
     assert before <= due.scheduled_at <= utc_now()
+
+
+async def test_timer_rests_while_the_market_is_closed_and_says_so_once(bus: Bus, client: Client) -> None:
+    stop = asyncio.Event()
+    calendar = Calendar(closed_now())
+    several_slots_later = utc_now() + timedelta(seconds=0.8)
+
+    async def has_rested() -> bool:
+        return utc_now() > several_slots_later
+
+    async def is_announced() -> bool:
+        return (await client.jetstream().stream_info(TIMER.name)).state.messages > 0
+
+    with capture_logs() as logs:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(timer.run(bus, timedelta(seconds=0.1), 1, stop, calendar))
+            await eventually(has_rested)
+            assert not await is_announced()
+            calendar.hours = open_now()
+            await eventually(is_announced)
+            stop.set()
+    said = [line["event"] for line in logs if line["event"] in ("snapshots_resting", "snapshots_resumed")]
+    assert said == ["snapshots_resting", "snapshots_resumed"]
+
+
+async def test_slot_outside_the_session_that_is_announced_by_hand_is_skipped_counted_and_said(
+    database: Database, bus: Bus, client: Client
+) -> None:
+    await create_user(database, cash="1")
+    skipped = snapshots.shards_handled.labels("skipped")
+    before = counted(skipped)
+    stop = asyncio.Event()
+    with capture_logs() as logs:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(snapshots.run(database, bus, MINUTE, stop, calendar=Calendar(closed_now())))
+            await bus.publish(timer.due(utc_now(), 0, 1))
+
+            async def is_skipped() -> bool:
+                return counted(skipped) == before + 1 and await is_all_acknowledged(client)
+
+            await eventually(is_skipped)
+            stop.set()
+    assert await stored(database) == []
+    said = [line for line in logs if line["event"] == "snapshot_skipped"]
+    assert [line["reason"] for line in said] == [
+        "outside the session, and SNAPSHOT_MARKET_HOURS_ONLY is true"
+    ]
+
+
+async def test_slot_in_the_session_is_taken(database: Database, bus: Bus) -> None:
+    await create_user(database, cash="1")
+    stop = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(snapshots.run(database, bus, MINUTE, stop, calendar=Calendar(open_now())))
+        await bus.publish(timer.due(utc_now(), 0, 1))
+        await eventually(lambda: stored(database))
+        stop.set()
 
 
 async def test_an_outage_across_a_boundary_loses_no_later_slot(bus: Bus, client: Client) -> None:
