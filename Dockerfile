@@ -1,6 +1,11 @@
 # syntax=docker/dockerfile:1
 # One image for all services, the migrations and the administrator's commands; the command says which.
 
+FROM node:22-slim AS page
+WORKDIR /page
+COPY services/api_gateway/page/package.json services/api_gateway/page/package-lock.json ./
+RUN --mount=type=cache,target=/root/.npm npm ci --ignore-scripts --no-audit --no-fund
+
 FROM python:3.13-slim AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv --without-pip /venv
@@ -15,6 +20,7 @@ COPY alembic.ini ./
 COPY migrations/ migrations/
 COPY shared/ shared/
 COPY services/ services/
+COPY --from=page /page/node_modules services/api_gateway/page/node_modules
 # Readable for the user of the image also when it is built from a clone that is not.
 RUN chmod -R a+rX . && /venv/bin/python -m compileall -q -j 0 .
 

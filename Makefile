@@ -1,6 +1,6 @@
 # Commands of the project; `make` alone lists them. Everything runs from a virtual environment of its own.
 .DEFAULT_GOAL := help
-.PHONY: help run token smoke admin load-demo test check format bench env up down verify lock openapi asyncapi clean
+.PHONY: help run token smoke admin load-demo test check format bench env up down verify screenshot lock openapi asyncapi clean
 
 # Compiled modules are kept, else every start would compile pandas anew.
 export PYTHONDONTWRITEBYTECODE =
@@ -11,14 +11,20 @@ BIN := .venv/bin
 LOCAL := .venv/.local
 DEVELOPMENT := .venv/.development
 BENCH := .venv/.bench
+PAGE := services/api_gateway/page/node_modules/.package-lock.json
+RUN_PYTHON = $(or $(PYTHON),$(error Python 3.11 or later is needed, found $(shell python3 -V 2>&1); install one, or make PYTHON=/path/to/python))
 
 .venv/.%: requirements/%.txt
-	@$(or $(PYTHON),$(error Python 3.11 or later is needed, found $(shell python3 -V 2>&1); install one, or make PYTHON=/path/to/python)) local/install.py $*
+	@$(RUN_PYTHON) local/install.py $*
+
+# Without npm this says so and goes on: the page then has no chart.
+$(PAGE): services/api_gateway/page/package-lock.json
+	@$(RUN_PYTHON) local/install.py page
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-run: $(LOCAL) ## the whole system on this machine, no Docker, no key; Ctrl-C stops it
+run: $(LOCAL) $(PAGE) ## the whole system on this machine, no Docker, no key; Ctrl-C stops it
 	@exec $(BIN)/python -m local run
 
 token: $(LOCAL) ## USER=demo: a bearer token for a user of `make run`
@@ -33,7 +39,7 @@ admin: $(LOCAL) ## ARGS="create-user carol --cash 5000": users, cash, positions 
 load-demo: $(LOCAL) ## USERS=100 DAYS=90: fill `make run` with users and their history; USERS=0 deletes them
 	@exec $(BIN)/python -m local load-demo $(if $(USERS),--users '$(USERS)') $(if $(DAYS),--days '$(DAYS)')
 
-test: $(DEVELOPMENT) ## all tests on real servers; BACKEND=external|containers|local, ARGS=… for pytest
+test: $(DEVELOPMENT) $(PAGE) ## all tests on real servers; BACKEND=external|containers|local, ARGS=… for pytest
 	@exec $(BIN)/python -m pytest $(if $(filter external,$(BACKEND)),,-n 2 --dist loadgroup) \
 		$(if $(BACKEND),--backend $(BACKEND)) $(ARGS)
 
@@ -59,6 +65,9 @@ down: .env ## stop the containers; the data stays
 
 verify: $(DEVELOPMENT) ## build docker-compose.yml in a project of its own, ask it, remove it
 	@exec $(BIN)/python -m pytest -n0 tests/end_to_end/verify_compose.py $(ARGS)
+
+screenshot: $(DEVELOPMENT) $(PAGE) ## write docs/screenshots from a system of its own; needs Chromium
+	@exec $(BIN)/python -m tests.end_to_end.take_screenshots
 
 openapi: $(DEVELOPMENT) ## write docs/openapi.json from the response models
 	@exec $(BIN)/python -m services.api_gateway.openapi > docs/openapi.json

@@ -20,7 +20,8 @@ from shared.settings import SettingsError
 SCREEN = """
 Foliotick is running. {prices}
 
-  API     {url}   (described at {url}/api/openapi.json)
+  page    {url}
+  API     {url}/api/portfolio/current   (described at {url}/api/openapi.json)
   token   {token}
           of the user demo; `make token USER=alice` prints another's
   try it  curl -H 'Authorization: Bearer {token}' {url}/api/portfolio/current

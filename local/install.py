@@ -1,9 +1,11 @@
-"""Install a file of hashed requirements into `.venv`, made when missing, showing progress.
+"""Install a file of hashed requirements into `.venv`, made when missing, showing progress; or the chart library.
 
-Runs on the bare machine, before anything is installed: standard library only. Usage: install.py local|bench|development
+Runs on the bare machine, before anything is installed: standard library only.
+Usage: install.py local|bench|development|page
 """
 
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -11,7 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
+PAGE = ROOT / "services" / "api_gateway" / "page"
 ERROR_LINES_MAX = 5
+NPM_SECONDS_MAX = 120.0
 
 
 def main() -> None:
@@ -20,6 +24,9 @@ def main() -> None:
             f"Python 3.11 or later is needed, this is {sys.version.split()[0]}: make PYTHON=python3.13 …"
         )
     name = sys.argv[1]
+    if name == "page":
+        _install_chart_library()
+        return
     requirements = ROOT / "requirements" / f"{name}.txt"
     pip = _environment()
     wanted = len(re.findall(r"^[a-z0-9]", requirements.read_text(), flags=re.MULTILINE))
@@ -44,6 +51,31 @@ def main() -> None:
     (VENV / f".{name}").touch()
     _show(f"packages: {wanted} ready")
     print()
+
+
+def _install_chart_library() -> None:
+    """Install the chart library of the page; without it everything runs, and the page says what it lacks."""
+    if not shutil.which("npm"):
+        print(
+            "chart library: not installed, as there is no npm; the page will have no chart (apt-get install npm)"
+        )
+        return
+    # What a package would run when it is installed is not run.
+    command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"]
+    try:
+        done = subprocess.run(
+            command, cwd=PAGE, capture_output=True, text=True, timeout=NPM_SECONDS_MAX, check=False
+        )
+        problem = "" if done.returncode == 0 else done.stderr or "npm ci failed"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    if problem:
+        errors = re.findall(r"^npm (?:error|ERR!) (?!A complete log)(.+)$", problem, flags=re.MULTILINE)
+        reason = max(errors, key=len, default=problem).strip()  # the others are codes
+        print(f"chart library: not installed, the page will have no chart: {reason}")
+        return
+    (PAGE / "node_modules" / ".package-lock.json").touch()
+    print("chart library: ready")
 
 
 def _environment() -> list[str]:

@@ -1,5 +1,6 @@
 """Settings of `make run`, and the environment that it gives to each service."""
 
+import ipaddress
 import os
 import socket
 from collections.abc import Mapping
@@ -13,7 +14,16 @@ from shared.settings import LogSettings, Port
 ROOT = Path(__file__).resolve().parent.parent
 
 # What the local system decides itself, whatever `.env` says for containers.
-_OWN = ("DATABASE_URL", "NATS_URL", "JWT_SECRET", "JWT_JWKS_URL", "JWT_ISSUER", "JWT_AUDIENCE", "HEALTH_PORT")
+_OWN = (
+    "DATABASE_URL",
+    "NATS_URL",
+    "JWT_SECRET",
+    "JWT_JWKS_URL",
+    "JWT_ISSUER",
+    "JWT_AUDIENCE",
+    "HEALTH_PORT",
+    "GATEWAY_PAGE_TOKEN",
+)
 
 
 SIMULATED_KEYS = {"ALPACA_API_KEY": "simulated", "ALPACA_SECRET_KEY": "simulated"}
@@ -44,6 +54,15 @@ class LocalSettings(LogSettings):
     def simulated(self) -> bool:
         return self.alpaca_api_key is None
 
+    @property
+    def page_signs_in(self) -> bool:
+        """Whether the page has the demo user's token already.
+
+        The gateway gives it to whoever asks from this machine, other accounts included. That is right for made-up
+        portfolios at made-up prices, and no longer where the portfolio may be a person's own, or the network is let in.
+        """
+        return self.simulated and is_loopback(self.gateway_host)
+
 
 def read_dotenv() -> None:
     """Add what `.env` sets and the environment does not."""
@@ -57,6 +76,14 @@ def service_environment(own: Mapping[str, str]) -> dict[str, str]:
     decided = {name for setting in _OWN for name in (setting, f"{setting}_FILE")}
     inherited = {name: value for name, value in os.environ.items() if name not in decided}
     return {**inherited, "PYTHONUNBUFFERED": "1", **own}
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether an address to listen on is for this machine alone; of names only `localhost` is known to be."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def free_port() -> int:

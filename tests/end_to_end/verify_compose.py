@@ -167,6 +167,17 @@ async def test_snapshots_become_a_chart(compose: Compose, demo_token: str) -> No
     assert all(point["value"] >= 5000 for point in points)
 
 
+async def test_page_is_served_with_its_chart_library_and_without_a_token(compose: Compose) -> None:
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"{compose.url}/") as page:
+            assert (page.status, page.content_type) == (200, "text/html")
+        async with session.get(f"{compose.url}/page/lightweight-charts.js") as library:
+            assert (library.status, library.content_type) == (200, "text/javascript")
+            assert "Apache License 2.0" in await library.text()
+    start = await ask(compose, "/page/start")
+    assert start.body == {"token": None, "has_chart_library": True}
+
+
 async def test_request_without_a_token_is_refused(compose: Compose) -> None:
     answer = await ask(compose, "/api/portfolio/current")
     assert answer.status == 401

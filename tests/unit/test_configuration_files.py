@@ -1,6 +1,7 @@
 """.env.example, docker-compose.yml and the Dockerfile say what the code says."""
 
 import importlib
+import json
 import re
 import subprocess
 from decimal import Decimal
@@ -171,6 +172,22 @@ def test_services_may_end_by_themselves_and_are_started_again(service: str) -> N
 def test_image_runs_as_nobody_in_particular() -> None:
     users = re.findall(r"^USER (.*)$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
     assert users == ["10001:10001"]
+
+
+def test_image_has_the_chart_library_from_its_own_stage_alone() -> None:
+    assert "**/node_modules" in (ROOT / ".dockerignore").read_text().splitlines()
+    assert "COPY --from=page /page/node_modules services/api_gateway/page/node_modules" in (
+        (ROOT / "Dockerfile").read_text()
+    )
+
+
+def test_lock_file_of_the_page_names_no_host() -> None:
+    locked = json.loads((ROOT / "services/api_gateway/page/package-lock.json").read_text())["packages"]
+    libraries = {name: package for name, package in locked.items() if name}
+    assert "node_modules/lightweight-charts" in libraries
+    for name, package in libraries.items():
+        assert "resolved" not in package, name
+        assert package["integrity"].startswith("sha512-"), name
 
 
 def test_tests_run_on_the_servers_that_compose_runs() -> None:
