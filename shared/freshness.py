@@ -1,8 +1,8 @@
 """When a price counts as fresh, and what a reader is told of its age. Pure."""
 
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
+from typing import NamedTuple
 
 from shared.market_hours import MarketHours, is_session_bound
 
@@ -19,8 +19,7 @@ class PriceStatus(StrEnum):
     """Neither: the feed is behind."""
 
 
-@dataclass(frozen=True, slots=True)
-class MarketMoment:
+class MarketMoment(NamedTuple):
     """What an instant means for prices: the instants to compare with."""
 
     fresh_since: datetime
