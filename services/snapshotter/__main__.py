@@ -2,7 +2,7 @@
 
 import asyncio
 
-from services.snapshotter import queries, snapshots, timer, upkeep
+from services.snapshotter import queries, requested, snapshots, timer, upkeep
 from services.snapshotter.settings import Settings
 from shared import clock, health, lifecycle, logs
 from shared import database as databases
@@ -17,7 +17,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         databases.connect(
             settings.database_url.get_secret_value(),
             application_name="snapshotter",
-            connections_max=snapshots.AT_ONCE_MAX + 2,
+            connections_max=snapshots.AT_ONCE_MAX + requested.AT_ONCE_MAX + 2,
             statement_timeout_seconds=150.0,
             server_settings=queries.SERVER_SETTINGS,
         ) as database,
@@ -41,6 +41,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 tasks.create_task(calendar.keep(database, stop))
             tasks.create_task(timer.run(bus, settings.interval, settings.snapshot_shards, stop, calendar))
             tasks.create_task(snapshots.run(database, bus, settings.interval, stop, calendar=calendar))
+            tasks.create_task(requested.run(database, bus, settings.cooldown, stop))
             tasks.create_task(upkeep.run(database, settings.upkeep, stop))
 
 

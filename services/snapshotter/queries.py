@@ -1,11 +1,15 @@
-"""The snapshotter's SQL: take the snapshots of a shard."""
+"""The snapshotter's SQL: take the snapshots of a shard, or the one that a user asks for."""
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import asyncpg
 
+from shared import refreshes
 from shared.database import Connection, Database, DatabaseUnavailable
+from shared.messages import SnapshotTaken
+from shared.refreshes import Kind
+from shared.requests import Refused
 
 # For the one large statement: room to sort in memory, and a plan for the very shard.
 SERVER_SETTINGS = {"work_mem": "64MB", "plan_cache_mode": "force_custom_plan"}
@@ -39,7 +43,7 @@ _TAKE_SNAPSHOTS = """
 WITH due AS MATERIALIZED (
     SELECT id AS user_id, cash_balance
     FROM users
-    WHERE is_active AND ($3 = 1 OR id % $3 = $2) {missing_only}
+    WHERE is_active AND {whose}
     ORDER BY id
     FOR KEY SHARE SKIP LOCKED
 ),
@@ -103,11 +107,13 @@ FROM totals
 LEFT JOIN reopened ON TRUE
 """
 
-TAKE_SNAPSHOTS = _TAKE_SNAPSHOTS.format(missing_only="")
+TAKE_SNAPSHOTS = _TAKE_SNAPSHOTS.format(whose="($3 = 1 OR id % $3 = $2)")
+
+TAKE_ONE_SNAPSHOT = _TAKE_SNAPSHOTS.format(whose="id = $2")
 
 # By probes of the key: the planner would rather read the whole week.
 TAKE_MISSING_SNAPSHOTS = _TAKE_SNAPSHOTS.format(
-    missing_only="""
+    whose="""($3 = 1 OR id % $3 = $2)
         AND NOT EXISTS (
             SELECT FROM portfolio_snapshots WHERE user_id = users.id AND timestamp = $1 OFFSET 0
         )
@@ -129,6 +135,13 @@ CROSS JOIN LATERAL (
     OFFSET 0
 ) AS snapshot
 WHERE $3 = 1 OR users.id % $3 = $2
+"""
+
+
+STORED_SNAPSHOT = """
+SELECT user_id, timestamp, total_value, cash_balance, investment_value, unpriced_positions, simulated
+FROM portfolio_snapshots
+WHERE user_id = $1 AND timestamp = $2
 """
 
 
@@ -170,6 +183,38 @@ async def take_snapshots(
                 assert taken is not None
             return ShardTaken(taken["portfolios"], taken["positions"], taken["unpriced"], added)
     raise DatabaseUnavailable("others stored snapshots of the slot all the while")
+
+
+async def take_requested_snapshot(
+    database: Database, user_id: int, requested_at: datetime, cooldown: timedelta
+) -> tuple[SnapshotTaken, bool]:
+    """Value and store one portfolio, committed when this returns; tell whether this call stored it.
+
+    The same request again finds what the first one stored. Raises Refused for an unknown or deactivated user and for a
+    request within `cooldown` of the last one, DatabaseUnavailable or SchemaMissing; nothing is stored or counted then.
+    """
+    was_without_partition = False
+    for _ in range(TAKE_ATTEMPTS_MAX):
+        try:
+            async with database.transaction() as connection:
+                await refreshes.grant(connection, Kind.SNAPSHOT, user_id, requested_at, cooldown)
+                stored = await connection.fetchrow(STORED_SNAPSHOT, user_id, requested_at)
+                added = stored is None
+                if stored is None:
+                    await connection.fetchrow(TAKE_ONE_SNAPSHOT, requested_at, user_id)
+                    stored = await connection.fetchrow(STORED_SNAPSHOT, user_id, requested_at)
+                if stored is None:
+                    raise Refused(403, "the user is deactivated")  # a moment ago
+        except asyncpg.UniqueViolationError:  # a slot's snapshot of the same microsecond came between
+            continue
+        except asyncpg.CheckViolationError:
+            if was_without_partition:
+                raise  # it is something else
+            was_without_partition = True
+            await make_partitions(database, requested_at, requested_at)
+        else:
+            return SnapshotTaken(**stored), added
+    raise DatabaseUnavailable("others stored this snapshot all the while")
 
 
 async def make_partitions(database: Database, first: datetime, last: datetime) -> int:

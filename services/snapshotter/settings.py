@@ -30,6 +30,9 @@ class Settings(ServiceSettings):
     snapshot_shards: Annotated[int, Field(ge=1, le=1024)] = Field(
         default=1, description="Into how many units of work a slot is divided among the replicas."
     )
+    snapshot_cooldown_seconds: Annotated[int, Field(ge=0, le=86_400)] = Field(
+        default=60, description="Seconds after which a user may ask for another snapshot."
+    )
 
     market_timezone: Timezone = Field(
         default="America/New_York", description="Time zone of the market dates that daily charts are made of."
@@ -63,6 +66,10 @@ class Settings(ServiceSettings):
     @property
     def interval(self) -> timedelta:
         return timedelta(minutes=self.snapshot_interval_minutes)
+
+    @property
+    def cooldown(self) -> timedelta:
+        return timedelta(seconds=self.snapshot_cooldown_seconds)
 
     @property
     def upkeep(self) -> Upkeep:
