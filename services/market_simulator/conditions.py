@@ -7,10 +7,14 @@ anybody's latest trade.
 
 from collections.abc import Iterable
 
-_NO_PRICE = frozenset("CGHIMNPQRUVWZ479")
-_AVERAGE_PRICE = "B"  # on the tapes of NYSE; on Nasdaq's it is a bunched trade, which sets a price
+_ON_EVERY_TAPE = frozenset("CHIMNPQRUVZ479")
+_OF_NYSE = _ON_EVERY_TAPE | {
+    "B"
+}  # an average price; on Nasdaq's tape it is a bunched trade, which sets a price
+_OF_NASDAQ = _ON_EVERY_TAPE | {"G", "W"}
+_WITHOUT_PRICE = {"A": _OF_NYSE, "B": _OF_NYSE, "C": _OF_NASDAQ}
 
 
 def sets_price(conditions: Iterable[str], tape: str) -> bool:
     """Tell whether a stock trade with these conditions on this tape sets a price."""
-    return not any(one in _NO_PRICE or (one == _AVERAGE_PRICE and tape in {"A", "B"}) for one in conditions)
+    return _WITHOUT_PRICE.get(tape, _ON_EVERY_TAPE).isdisjoint(conditions)

@@ -49,7 +49,7 @@ class Market(Protocol):
         """Return the last trade that is not after the instant; None without one, or for an unknown symbol."""
 
     def next_trade_ns(self, symbol: str, after_ns: int) -> int | None:
-        """Return when the first trade after an instant happens; None without one, or for an unknown symbol."""
+        """Return from when on the latest trade is another one than at an instant; None for never, or unknown."""
 
     def bar(self, symbol: str, start_ns: int, end_ns: int) -> Bar | None:
         """Return the bar over the whole minutes from start (inclusive) to end (exclusive)."""

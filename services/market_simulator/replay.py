@@ -77,8 +77,8 @@ class ReplayMarket:
         series = self._series.get(symbol)
         if series is None:
             return None
-        following = bisect_left(series.starts, after_ns - MINUTE_NS + 2)
-        return series.starts[following] + MINUTE_NS - 1 if following < len(series.starts) else None
+        following = bisect_left(series.starts, after_ns - MINUTE_NS + 1)
+        return series.starts[following] + MINUTE_NS if following < len(series.starts) else None
 
     def next_minute(self, symbol: str, at_ns: int) -> int | None:
         series = self._series.get(symbol)

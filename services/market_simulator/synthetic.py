@@ -123,7 +123,9 @@ class SyntheticMarket:
 
     def next_trade_ns(self, symbol: str, after_ns: int) -> int | None:
         walk = self._walks.get(symbol)
-        return None if walk is None else _trade_ns(walk, _last_slot(walk, max(after_ns, FIRST_NS)) + 1)
+        return (
+            None if walk is None else _trade_ns(walk, _last_slot(walk, max(after_ns, FIRST_NS + SLOT_NS)) + 1)
+        )
 
     def next_minute(self, symbol: str, at_ns: int) -> int | None:
         return max(-(-at_ns // MINUTE_NS) * MINUTE_NS, FIRST_NS) if symbol in self._walks else None

@@ -13,7 +13,7 @@ from services.market_simulator.listings import tape_of
 from services.market_simulator.load import Load
 from services.market_simulator.market import Market, Trade
 
-REPORTED_MAX = 1000
+REPORTED_MAX = 200
 """Trades kept for each symbol, and amendments of its market's own trades."""
 _LOOK_BACK = 100
 
@@ -151,10 +151,11 @@ class Tape:
             reported.add(corrected)
 
     def own_trades(self, symbol: str, after_ns: int, until_ns: int, count_max: int) -> Iterator[Trade]:
-        """Yield the market's own trades after an instant and not after another, the last ones if there are many."""
+        """Yield the trades that came between two instants, the last ones if there are many."""
         found: list[Trade] = []
+        known = self.market.latest_trade(symbol, after_ns)
         trade = self.market.latest_trade(symbol, until_ns)
-        while trade is not None and trade.at_ns > after_ns and len(found) < count_max:
+        while trade is not None and len(found) < count_max and (known is None or trade.at_ns > known.at_ns):
             found.append(trade)
             trade = self.market.latest_trade(symbol, trade.at_ns - 1)
         return reversed(found)
@@ -166,4 +167,6 @@ class Tape:
 
 
 def _sets_price(symbol: str, trade: Trade) -> bool:
-    return sets_price(trade.conditions, tape_of(symbol))
+    return "/" in symbol or sets_price(
+        trade.conditions, tape_of(symbol)
+    )  # trades of crypto have no conditions
