@@ -131,6 +131,7 @@ async def _start(settings: LocalSettings, stack: AsyncExitStack, stop: asyncio.E
         port = free_port()
         address = f"http://127.0.0.1:{port}"
         common |= {**SIMULATED_KEYS, "ALPACA_DATA_URL": address, "ALPACA_BASE_URL": address}
+        common["ALPACA_STREAM_URL"] = address.replace("http", "ws", 1)
         running.health_urls["market_simulator"] = f"{address}/healthz"
         await start("market_simulator", {"SIMULATOR_HOST": "127.0.0.1", "SIMULATOR_PORT": str(port)})
     await start("price_feeder", {"HEALTH_PORT": str(health_ports["price_feeder"])})

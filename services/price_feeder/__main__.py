@@ -3,47 +3,89 @@
 import asyncio
 import gc
 
-from services.price_feeder import answers, feed
+from services.price_feeder import answers, calendar, feed, streams
+from services.price_feeder.feed import Feed
+from services.price_feeder.lease import Lease
 from services.price_feeder.market_data import MarketData
 from services.price_feeder.settings import Settings
+from services.price_feeder.streaming import Streaming
 from shared import database as databases
 from shared import health, lifecycle, logs
 from shared.bus import Bus
+from shared.database import Database
+from shared.market_calendar import Calendar
+from shared.messages import prices_stream
 
 log = logs.get_logger()
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    url = settings.database_url.get_secret_value()
     async with (
-        databases.connect(
-            settings.database_url.get_secret_value(), application_name="price_feeder", connections_max=3
-        ) as database,
-        Bus(settings.nats_url.get_secret_value(), name="price_feeder") as bus,
-        health.serving(
-            "price_feeder",
-            settings.health_host,
-            settings.health_port,
-            {"postgres": database.check, "schema": database.check_schema, "nats": bus.check},
-        ),
+        databases.connect(url, application_name="price_feeder", connections_max=4) as database,
+        databases.connect(url, application_name="price_feeder_lease", connections_max=2) as lease_database,
+        Bus(
+            settings.nats_url.get_secret_value(),
+            name="price_feeder",
+            owned=(prices_stream(settings.replay),),
+        ) as bus,
     ):
-        if not settings.price_update_enabled:
-            log.warning("price_updates_disabled", setting="PRICE_UPDATE_ENABLED")
-            await stop.wait()
-            return
-        assert settings.alpaca_api_key
-        assert settings.alpaca_secret_key
-        async with (
-            MarketData(
-                api_key=settings.alpaca_api_key.get_secret_value(),
-                secret_key=settings.alpaca_secret_key.get_secret_value(),
-                url=settings.alpaca_data_url,
-                feed=settings.alpaca_feed,
-                requests_per_minute=settings.alpaca_requests_per_minute,
-            ) as market,
-            asyncio.TaskGroup() as tasks,
-        ):
-            tasks.create_task(answers.run(database, bus, stop))
-            tasks.create_task(feed.run(database, bus, market, settings.interval, stop))
+        lease = Lease(lease_database)
+        checks = {"postgres": database.check, "schema": database.check_schema, "nats": bus.check}
+        if settings.price_update_enabled:
+            checks["lease"] = lease.check
+        async with health.serving("price_feeder", settings.health_host, settings.health_port, checks):
+            if not settings.price_update_enabled:
+                log.warning("price_updates_disabled", setting="PRICE_UPDATE_ENABLED")
+                await stop.wait()
+                return
+            await feed_prices(settings, database, bus, lease, stop)
+
+
+async def feed_prices(
+    settings: Settings, database: Database, bus: Bus, lease: Lease, stop: asyncio.Event
+) -> None:
+    assert settings.alpaca_api_key
+    assert settings.alpaca_secret_key
+    api_key = settings.alpaca_api_key.get_secret_value()
+    secret_key = settings.alpaca_secret_key.get_secret_value()
+    async with (
+        MarketData(
+            api_key=api_key,
+            secret_key=secret_key,
+            url=settings.alpaca_data_url,
+            feed=settings.alpaca_feed,
+            requests_per_minute=settings.alpaca_requests_per_minute,
+        ) as market,
+        calendar.AlpacaCalendar(
+            api_key=api_key, secret_key=secret_key, url=settings.alpaca_base_url
+        ) as calendar_source,
+    ):
+        sessions = Calendar()
+        connect = streams.connections(
+            settings.alpaca_stream_url, settings.alpaca_feed, api_key=api_key, secret_key=secret_key
+        )
+
+        async def lead(over: asyncio.Event) -> None:
+            streaming = Streaming(
+                connect, feed=settings.alpaca_feed, symbols_max=settings.alpaca_stream_symbols_max
+            )
+            term = Feed(
+                database,
+                bus,
+                market,
+                lease,
+                calendar=sessions,
+                streaming=streaming if settings.price_stream_enabled else None,
+                closed_interval=settings.closed_interval,
+            )
+            await feed.run(term, settings.interval, over)
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(answers.run(database, bus, stop))  # a standby answers as well
+            tasks.create_task(sessions.keep(database, stop))
+            tasks.create_task(calendar.run(database, calendar_source, lease.holds, stop))
+            await lease.lead(lead, stop)
 
 
 if __name__ == "__main__":

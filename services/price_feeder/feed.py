@@ -1,41 +1,49 @@
-"""The loop, and one round: held symbols, their last trades, the cache, then the ticks of what changed."""
+"""The loop, and one round: held symbols, their last trades, the cache, then the ticks of what changed.
+
+What streams bring takes the same way into the cache and onto the bus, in batches.
+"""
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from itertools import islice
 
 from services.price_feeder import metrics, queries
+from services.price_feeder.conflation import StreamedTrade
 from services.price_feeder.failures import Unauthorized
+from services.price_feeder.frames import Withdrawal
+from services.price_feeder.lease import Lease
 from services.price_feeder.market_data import LastTrades, MarketData
-from services.price_feeder.trades import SIMULATED, Rejection
+from services.price_feeder.outbox import Outbox
+from services.price_feeder.pace import Pace
+from services.price_feeder.queries import CachedPrice, LeaseLost, Stored
+from services.price_feeder.reports import Reports
+from services.price_feeder.selection import Selection
+from services.price_feeder.streaming import Streaming
+from services.price_feeder.trades import (
+    SIMULATED,
+    LastTrade,
+    Rejection,
+    streamed_last_trade,
+    withdrawn_price,
+)
 from shared import clock, lifecycle, logs
-from shared.bus import Bus, Outgoing
+from shared.bus import Bus
 from shared.database import Database, DatabaseUnavailable, SchemaMissing
 from shared.freshness import is_price_fresh
-from shared.messages import (
-    FEED_STATUS,
-    FeedState,
-    FeedStatus,
-    PriceTick,
-    price_subject,
-    symbol_token,
-)
+from shared.market_calendar import Calendar
+from shared.messages import FeedState
 
 ANSWERS_SECONDS_MAX = 9.0
 """What a round may wait for Alpaca: less than the usual interval, more than one request may take."""
-PUBLISH_SECONDS_MAX = 5.0
-PUBLISH_BATCH_MAX = 256
 STOP_SECONDS_MAX = 3.0
 """What a round that is under way may still take when the service is to stop."""
 BUS_SECONDS_MAX = 2.0
-"""What the first round waits for NATS, and the last status for its acknowledgement."""
-LOUD_EVERY = timedelta(minutes=5)
-REJECTED_SHOWN_MAX = 20
+"""What the first round waits for NATS."""
+HEARD_WITHIN = timedelta(seconds=3)
+"""A trade so old that polling finds it should have come by the stream before."""
 
 log = logs.get_logger()
 
@@ -55,35 +63,71 @@ class Round:
     problem: str | None = None
 
 
-async def run(
-    database: Database, bus: Bus, market: MarketData, interval: timedelta, stop: asyncio.Event
-) -> None:
-    """Take a round now and on every boundary of `interval`, until `stop` is set."""
-    feed = Feed(database, bus, market)
+@dataclass(frozen=True)
+class Refreshed:
+    """What asking for some symbols brought; the problem is None when all requests were answered."""
+
+    at: datetime
+    confirmed: frozenset[str]
+    changed: frozenset[str]
+    rejected: Mapping[str, Rejection]
+    problem: str | None
+
+
+async def run(feed: "Feed", interval: timedelta, over: asyncio.Event) -> None:
+    """Take a round now and on every boundary of `interval`, and stream beside it, until `over` is set."""
     with suppress(TimeoutError):  # so that the first round can publish, but prices do not wait for NATS
         async with asyncio.timeout(BUS_SECONDS_MAX):
-            await bus.wait_until_ready(stop)
-    async for _ in clock.aligned_ticks(interval, stop):
-        await lifecycle.finish(feed.take_round(stop), stop, stop_seconds_max=STOP_SECONDS_MAX)
+            await feed.bus.wait_until_ready(over)
+    async with asyncio.TaskGroup() as tasks:
+        beside = [tasks.create_task(feed.outbox.keep_publishing())]
+        if feed.streaming:
+            beside.append(tasks.create_task(feed.streaming.run(feed)))
+        tasks.create_task(_cancel_when(over, beside))
+        async for _ in clock.aligned_ticks(interval, over):
+            await lifecycle.finish(feed.take_round(over), over, stop_seconds_max=STOP_SECONDS_MAX)
     await feed.say_stopped()
 
 
-class Feed:
-    """What the feeder knows from one round to the next. The price cache holds all that must not be lost."""
+async def _cancel_when(over: asyncio.Event, tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Close the streams as soon as the term is over, whatever a round is waiting for."""
+    await over.wait()
+    for task in tasks:
+        task.cancel()
 
-    def __init__(self, database: Database, bus: Bus, market: MarketData) -> None:
+
+class Feed:
+    """What the feeder knows during one term of its lease. The price cache holds all that must not be lost."""
+
+    def __init__(
+        self,
+        database: Database,
+        bus: Bus,
+        market: MarketData,
+        lease: Lease,
+        *,
+        calendar: Calendar | None = None,
+        streaming: Streaming | None = None,
+        closed_interval: timedelta = timedelta(0),
+    ) -> None:
+        self.bus = bus
+        self.outbox = Outbox(bus, lease)
+        self.streaming = streaming
         self._database = database
-        self._bus = bus
         self._market = market
-        self._unpublished: dict[str, PriceTick] = {}
+        self._lease = lease
+        self._calendar = calendar or Calendar()
+        self._pace = Pace(market.feed, closed_interval)
+        self._selection = Selection(database, streaming.symbols_max) if streaming else None
+        self._reports = Reports()
+        self._storing = asyncio.Lock()
         self._streams_found = 0
-        self._held: int | None = None
+        self._held: list[str] | None = None
         self._confirmed_at: datetime | None = None
-        self._status: FeedStatus | None = None
-        self._status_published = False
         self._problem: str | None = None
-        self._said_loudly_at: datetime | None = None
-        self._rejected: Mapping[str, Rejection] = {}
+        self._withdrawn: dict[str, datetime] = {}
+
+    # ---- rounds ----------------------------------------------------------------------------------
 
     async def take_round(self, stop: asyncio.Event) -> Round:
         """Fetch, store, commit, publish. Survives the market, the database and the bus being away."""
@@ -92,9 +136,11 @@ class Feed:
             done = await self._fetch_and_store(stop)
         except (DatabaseUnavailable, SchemaMissing) as error:
             done = Round("unstored", problem=f"database: {error}")
-            self._say_problem(done.problem, loud=False, at=clock.utc_now())
-            self._note_status(done.problem, clock.utc_now())
-            await self._publish()
+            self._note_problem(done.problem, clock.utc_now())
+            await self.outbox.publish()
+        except LeaseLost as error:
+            self._lease.lose()
+            done = Round("lost", problem=str(error))
         seconds = time.monotonic() - started
         metrics.ROUNDS.labels(done.outcome).inc()
         metrics.ROUND_SECONDS.observe(seconds)
@@ -112,133 +158,247 @@ class Feed:
 
     async def _fetch_and_store(self, stop: asyncio.Event) -> Round:
         held = await queries.held_symbols(self._database)
-        self._held = len(held)
-        metrics.HELD_SYMBOLS.set(self._held)
+        self._held = held
+        metrics.HELD_SYMBOLS.set(len(held))
         await self._recall(held)
-        answers = await self._market.latest_trades(
-            held, now=clock.utc_now(), seconds_max=ANSWERS_SECONDS_MAX, stop=stop
-        )
-        received_at = clock.utc_now()
-        stored = await queries.store_trades(self._database, answers.trades, received_at)
-        # From here on the changes are committed: whoever hears a tick finds it in the table.
-        self._unpublished |= {tick.symbol: tick for tick in stored.changed}
-        metrics.CHANGED.inc(len(stored.changed))
-        if stored.confirmed:
-            self._confirmed_at = received_at
-            metrics.LAST_SUCCESS.set(received_at.timestamp())
-        older = {
-            trade.symbol: Rejection.OLDER for trade in answers.trades if trade.symbol not in stored.confirmed
-        }
-        rejected = {**answers.rejected, **older}
-        self._say_rejected(rejected)
+        await self._follow(held)
+        due = self._pace.due(held, self._calendar.hours, clock.utc_now())
+        if held and not due:
+            self.note_streams()
+            await self.outbox.publish()
+            return Round("resting", unpublished=len(self.outbox))
+        answers = await self._ask(due, stop)
+        stored, rejected, at = await self._store(answers)
+        self._reports.say_rejected(rejected)
+        self._note_missed(stored, at)
         problem = _in_words(answers)
-        loud = any(isinstance(error, Unauthorized) for error in answers.problems)
-        self._say_problem(problem, loud=loud, at=received_at)
-        self._note_status(problem, received_at)
-        await self._publish()
+        self._note_problem(
+            problem, at, loud=any(isinstance(error, Unauthorized) for error in answers.problems)
+        )
+        self.outbox.confirm(sorted(stored.confirmed), at)
+        await self.outbox.publish()
         return Round(
             outcome=_outcome(held, answers),
-            symbols=len(held),
+            symbols=len(due),
             confirmed=len(stored.confirmed),
             changed=len(stored.changed),
             rejected=len(rejected),
             waiting=answers.waiting,
-            unpublished=len(self._unpublished),
+            unpublished=len(self.outbox),
             simulated=any(trade.feed == SIMULATED for trade in answers.trades),
             problem=problem,
         )
 
+    async def refresh(self, symbols: Iterable[str], stop: asyncio.Event | None = None) -> Refreshed:
+        """Ask for the last trades of these symbols now, within the budget, store and publish what they change.
+
+        Safe beside rounds and streams. Raises DatabaseUnavailable, SchemaMissing or LeaseLost; what the market does
+        is in the answer.
+        """
+        answers = await self._ask(list(symbols), stop or asyncio.Event())
+        stored, rejected, at = await self._store(answers)
+        self.outbox.confirm(sorted(stored.confirmed), at)
+        self.outbox.wake()
+        changed = frozenset(tick.symbol for tick in stored.changed)
+        return Refreshed(at, stored.confirmed, changed, rejected, _in_words(answers))
+
     async def _recall(self, held: list[str]) -> None:
         """Take all held prices as unpublished whenever the streams may lack some.
 
-        So it is at the start, as the last process may have died before publishing, and when NATS is back.
+        So it is at the start of a term, as the last holder may have died before publishing, and when NATS is back.
         """
-        found = self._bus.streams_found
+        found = self.bus.streams_found
         if found and found == self._streams_found:
             return
         cached = await queries.cached_prices(self._database, held)
-        self._unpublished |= {symbol: price.tick for symbol, price in cached.items()}
-        self._status_published = False
+        self.outbox.add(price.tick for price in cached.values())
+        self.outbox.repeat_status()
         self._streams_found = found
         if self._confirmed_at is None:
             self._confirmed_at = max((price.confirmed_at for price in cached.values()), default=None)
 
-    # ---- publishing ------------------------------------------------------------------------------
+    async def _follow(self, held: list[str]) -> None:
+        """Let the streams carry what is held now."""
+        if self.streaming and self._selection:
+            self.streaming.follow(await self._selection.choose(held))
 
-    async def _publish(self) -> None:
-        """Publish what NATS has not acknowledged yet; what fails again waits for the next round."""
+    # ---- the way into the cache ------------------------------------------------------------------
+
+    async def _ask(self, symbols: list[str], stop: asyncio.Event) -> LastTrades:
+        answers = await self._market.latest_trades(
+            symbols, now=clock.utc_now(), seconds_max=ANSWERS_SECONDS_MAX, stop=stop
+        )
+        if any(trade.feed == SIMULATED and self._pace.is_bound(trade.symbol) for trade in answers.trades):
+            self._pace.feed = SIMULATED
+        return answers
+
+    async def _store(self, answers: LastTrades) -> tuple[Stored, dict[str, Rejection], datetime]:
+        """Store what Alpaca answered; return what that did, every rejection, and when it was received."""
+        async with self._storing:
+            trades, outside = await self._of_sessions(answers.trades)
+            at = clock.utc_now()
+            stored = await queries.store_trades(
+                self._database, self._lease.term, trades, at, withdrawn=self._withdrawn
+            )
+            self._take_stored(stored, at)
+        streamed = self.streaming.streamed if self.streaming else frozenset()
+        older = {
+            trade.symbol: Rejection.OLDER
+            for trade in trades
+            if trade.symbol not in stored.confirmed and trade.symbol not in streamed  # the stream was quicker
+        }
+        return stored, {**answers.rejected, **outside, **older}, at
+
+    async def store_streamed(self, batch: Mapping[str, StreamedTrade]) -> bool:
+        """Store a batch of streamed trades and let it be published; return False when that may be possible later."""
+        judged = [streamed_last_trade(symbol, trade) for symbol, trade in batch.items()]
+        if not self._lease.holds():
+            return True
         try:
-            async with asyncio.timeout(PUBLISH_SECONDS_MAX):
-                await self._publish_status()
-                for ticks in _batches(list(self._unpublished.values())):
-                    failed = await self._bus.publish_all(map(_outgoing, ticks))
-                    unacknowledged = {outgoing.subject for outgoing, _ in failed}
-                    for tick in ticks:
-                        if price_subject(tick.symbol) not in unacknowledged:
-                            del self._unpublished[tick.symbol]
-                    if failed:
-                        break
-        except TimeoutError:
-            log.warning("publishing_cut_off", unpublished=len(self._unpublished))
-        metrics.UNPUBLISHED.set(len(self._unpublished))
+            async with self._storing:
+                trades, _ = await self._of_sessions(
+                    [trade for trade in judged if not isinstance(trade, Rejection)]
+                )
+                at = clock.utc_now()
+                stored = await queries.store_trades(
+                    self._database, self._lease.term, trades, at, in_order=True
+                )
+                self._take_stored(stored, at)
+        except (DatabaseUnavailable, SchemaMissing):  # the next round says so
+            metrics.FLUSHES.labels("unstored").inc()
+            return False
+        except LeaseLost:
+            metrics.FLUSHES.labels("lost").inc()
+            self._lease.lose()
+            return True
+        metrics.FLUSHES.labels("stored").inc()
+        self.outbox.wake()
+        return True
 
-    async def _publish_status(self) -> None:
-        if self._status and not self._status_published:
-            self._status_published = not await self._bus.publish_all([Outgoing(FEED_STATUS, self._status)])
+    def _take_stored(self, stored: Stored, at: datetime) -> None:
+        """Take in what is committed: from here on whoever hears a tick finds it in the table."""
+        self.outbox.add(stored.changed)
+        metrics.CHANGED.inc(len(stored.changed))
+        if self._withdrawn:
+            for tick in stored.changed:
+                self._withdrawn.pop(tick.symbol, None)
+        if stored.confirmed:
+            self._confirmed_at = at
+            metrics.LAST_SUCCESS.set(at.timestamp())
 
-    def _note_status(self, problem: str | None, at: datetime) -> None:
+    async def _of_sessions(self, trades: list[LastTrade]) -> tuple[list[LastTrade], dict[str, Rejection]]:
+        """Leave out trades outside the session where the session's last price is there."""
+        hours = self._calendar.hours
+        doubtful = [
+            trade.symbol
+            for trade in trades
+            if trade.symbol not in self._withdrawn
+            and self._pace.is_bound(trade.symbol)
+            and trade.feed != SIMULATED
+            and not hours.sets_price(trade.traded_at, trade.traded_at)
+        ]
+        if not doubtful:
+            return trades, {}
+        cached = await queries.cached_prices(self._database, doubtful)
+        outside = {
+            trade.symbol: Rejection.OUTSIDE_SESSION
+            for trade in trades
+            if (price := cached.get(trade.symbol))
+            and price.tick.feed != SIMULATED
+            and price.tick.traded_at < trade.traded_at
+            and not hours.sets_price(trade.traded_at, price.tick.traded_at)
+        }
+        return [trade for trade in trades if trade.symbol not in outside], outside
+
+    # ---- what streams bring besides trades -------------------------------------------------------
+
+    async def withdraw(self, withdrawals: Sequence[Withdrawal]) -> None:
+        """Ask for the last trades of symbols whose cached or waiting trade does not count any more."""
+        assert self.streaming is not None
+        try:
+            async with self._storing:
+                cached = await queries.cached_prices(self._database, [each.symbol for each in withdrawals])
+        except (DatabaseUnavailable, SchemaMissing):
+            cached = {}
+        conflation = self.streaming.conflation
+        to_ask = set()
+        for withdrawal in withdrawals:
+            symbol = withdrawal.symbol
+            if conflation.withdraw(symbol, withdrawal.trade_id):
+                to_ask.add(symbol)
+            price = cached.get(symbol)
+            if price and _concerns(withdrawal, price, conflation.last(symbol)):
+                self._withdrawn[symbol] = price.tick.traded_at
+                conflation.forget(symbol)
+                to_ask.add(symbol)
+                metrics.WITHDRAWALS.inc()
+                log.info("trade_withdrawn", symbol=symbol, price=str(price.tick.price))
+        await self.fill_gap(to_ask)
+
+    async def fill_gap(self, symbols: Iterable[str]) -> None:
+        """Ask for these symbols; what fails is done by the next round."""
+        try:
+            await self.refresh(sorted(symbols))
+        except (DatabaseUnavailable, SchemaMissing):
+            pass
+        except LeaseLost:
+            self._lease.lose()
+
+    def _note_missed(self, stored: Stored, at: datetime) -> None:
+        if self.streaming:
+            self.streaming.note_missed(
+                tick.symbol for tick in stored.changed if at - tick.traded_at > HEARD_WITHIN
+            )
+
+    # ---- status ----------------------------------------------------------------------------------
+
+    def note_streams(self) -> None:
+        """Say what is streamed, and what state that makes, at once."""
+        self._note_status(clock.utc_now())
+        self.outbox.wake()
+
+    def _note_problem(self, problem: str | None, at: datetime, *, loud: bool = False) -> None:
+        self._problem = problem
+        self._reports.say_problem(problem, loud=loud, at=at)
+        self._note_status(at)
+
+    def _note_status(self, at: datetime) -> None:
         """Say `stale` when symbols are held and the feed has confirmed no price for a while."""
+        held = self._held or []
+        streamed = len(self.streaming.streamed.intersection(held)) if self.streaming else 0
+        polled = len(held) - streamed
+        metrics.POLLED_SYMBOLS.set(polled)
         fresh = self._confirmed_at is not None and is_price_fresh(self._confirmed_at, at)
-        if fresh or self._held == 0:
-            self._set_status(FeedState.POLLING, f"{self._held} symbols are held", at)
+        if held and all(map(self._pace.is_bound, held)) and not self._calendar.hours.session_at(at):
+            opens_at = self._calendar.hours.next_session(at).opens_at
+            state, detail = FeedState.MARKET_CLOSED, f"the market opens at {opens_at:%Y-%m-%dT%H:%M:%SZ}"
+        elif not fresh and self._held != []:
+            state, detail = FeedState.STALE, self._problem or "no held symbol has a usable price"
+        elif streamed and self.streaming and self.streaming.is_whole:
+            state, detail = FeedState.LIVE, f"{streamed} symbols are streamed, {polled} polled"
         else:
-            self._set_status(FeedState.STALE, problem or "no held symbol has a usable price", at)
+            away = [f"{name} {problem}" for name, problem in self._stream_states().items()]
+            state, detail = FeedState.POLLING, "; ".join([f"{len(held)} symbols are held", *away])
+        self.outbox.set_status(state, detail, at, streamed=streamed, polled=polled)
 
-    def _set_status(self, state: FeedState, detail: str, at: datetime) -> None:
-        if self._status is None or self._status.state is not state:
-            self._status = FeedStatus(state=state, since=at, detail=detail)
-            self._status_published = False
-            log.info("feed_status", state=state, detail=detail)
+    def _stream_states(self) -> dict[str, str]:
+        return self.streaming.states if self.streaming else {}
 
     async def say_stopped(self) -> None:
-        """Publish that no more prices come; once, as there is no later."""
-        self._set_status(FeedState.STOPPED, "the price feeder was stopped", clock.utc_now())
-        with suppress(TimeoutError):
-            async with asyncio.timeout(BUS_SECONDS_MAX):
-                await self._publish_status()
-
-    # ---- saying ----------------------------------------------------------------------------------
-
-    def _say_problem(self, problem: str | None, *, loud: bool, at: datetime) -> None:
-        """Log a problem when it begins and when it is over; one that someone must see to, again and again."""
-        changed = problem != self._problem
-        if loud and (changed or self._said_loudly_at is None or at - self._said_loudly_at >= LOUD_EVERY):
-            log.error("market_data_unauthorized", problem=problem)
-            self._said_loudly_at = at
-        elif changed and problem and not loud:
-            log.warning("prices_not_updated", problem=problem)
-        elif changed and not problem:
-            log.info("prices_recovered")
-        self._problem = problem
-
-    def _say_rejected(self, rejected: Mapping[str, Rejection]) -> None:
-        for reason, count in Counter(rejected.values()).items():
-            metrics.REJECTED.labels(reason).inc(count)
-        if rejected != self._rejected:
-            shown = dict(islice(sorted(rejected.items()), REJECTED_SHOWN_MAX))
-            log.warning("symbols_rejected", count=len(rejected), reasons=shown)
-        self._rejected = rejected
+        """Publish that no more prices come from here; once, and only while nobody else has the lease."""
+        self.outbox.set_status(
+            FeedState.STOPPED, "the price feeder was stopped", clock.utc_now(), streamed=0, polled=0
+        )
+        await self.outbox.publish_last_status()
 
 
-def _outgoing(tick: PriceTick) -> Outgoing:
-    """The message's id is the change's, so that the stream drops a second copy."""
-    change = f"{symbol_token(tick.symbol)}.{tick.sequence}.{tick.received_at.timestamp():.6f}"
-    return Outgoing(price_subject(tick.symbol), tick, change)
-
-
-def _batches(ticks: list[PriceTick]) -> Iterator[list[PriceTick]]:
-    for start in range(0, len(ticks), PUBLISH_BATCH_MAX):
-        yield ticks[start : start + PUBLISH_BATCH_MAX]
+def _concerns(withdrawal: Withdrawal, cached: CachedPrice, streamed: StreamedTrade | None) -> bool:
+    """Tell whether a withdrawn trade is the cached one: by its id if that came from the stream, else by its price."""
+    if streamed is not None:
+        last = streamed_last_trade(withdrawal.symbol, streamed)
+        if isinstance(last, LastTrade) and last.traded_at == cached.tick.traded_at:
+            return streamed.trade_id == withdrawal.trade_id
+    return withdrawn_price(withdrawal.price) == cached.tick.price
 
 
 def _in_words(answers: LastTrades) -> str | None:

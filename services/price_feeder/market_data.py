@@ -1,6 +1,6 @@
 """Alpaca's market data: the last trade of many symbols, within a deadline and a budget of requests.
 
-The only module that imports alpaca. Its blocking clients run in a few threads of their own.
+With `streams` and `calendar` the only importer of alpaca. Its blocking clients run in a few threads of their own.
 """
 
 import asyncio
@@ -34,6 +34,8 @@ REPAIRS_MAX = 20
 """Refused batches that are asked for again without the bad symbol or in halves, per round."""
 REFUSED_FOR_SECONDS = 600.0
 REFUSED_SYMBOLS_MAX = 10_000
+ASKED_SYMBOLS_MAX = 100_000
+"""Symbols of which is remembered when they were asked for."""
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -64,7 +66,7 @@ class MarketData:
         requests_per_minute: int,
         request_seconds_max: float = REQUEST_SECONDS_MAX,
     ) -> None:
-        self._feed = feed
+        self.feed = feed
         self._budget = RateBudget(requests_per_minute)
         self._threads = DaemonThreads(THREADS, name="alpaca")
         self._round = 0
@@ -131,7 +133,9 @@ class MarketData:
                 wanted.append(symbol)
         # A budget that does not suffice for all goes round.
         self._round += 1
-        self._asked_in = {symbol: self._asked_in.get(symbol, 0) for symbol in wanted}
+        self._asked_in |= {symbol: self._asked_in.get(symbol, 0) for symbol in wanted}
+        if len(self._asked_in) > ASKED_SYMBOLS_MAX:
+            self._asked_in = {symbol: self._asked_in[symbol] for symbol in wanted}
         wanted.sort(key=self._asked_in.__getitem__)
         batches: list[list[str]] = []
         unfilled: dict[AssetClass, list[str]] = {}
@@ -190,14 +194,14 @@ class MarketData:
                 self._asked_in.update(dict.fromkeys(symbols, self._round))
         if door.answer_headers.get(SIMULATED_HEADER, "").strip().lower() == "true":
             return raw, SIMULATED
-        return raw, CryptoFeed.US.value if kind is AssetClass.CRYPTO else self._feed
+        return raw, CryptoFeed.US.value if kind is AssetClass.CRYPTO else self.feed
 
     def _request(self, kind: AssetClass, symbols: list[str]) -> Mapping[str, object]:
         if kind is AssetClass.CRYPTO:
             crypto = CryptoLatestTradeRequest(symbol_or_symbols=symbols)
             answer = self._crypto.get_crypto_latest_trade(crypto, feed=CryptoFeed.US)
         else:
-            equities = StockLatestTradeRequest(symbol_or_symbols=symbols, feed=DataFeed(self._feed))
+            equities = StockLatestTradeRequest(symbol_or_symbols=symbols, feed=DataFeed(self.feed))
             answer = self._stocks.get_stock_latest_trade(equities)
         return cast(Mapping[str, object], answer)
 

@@ -1,10 +1,15 @@
 """The price feeder's Prometheus metrics."""
 
+from collections.abc import Callable
+
 from prometheus_client import Counter, Gauge, Histogram
+
+from services.price_feeder.frames import Heard
 
 ROUNDS = Counter(
     "price_feeder_rounds",
-    "Rounds by outcome: ok, partial (a request failed), failed (no price came), unstored (no database), idle.",
+    "Rounds by outcome: ok, partial (a request failed), failed (no price came), unstored (no database), "
+    "lost (the lease has gone), resting (the market is closed), idle (nothing is held).",
     ["outcome"],
 )
 ROUND_SECONDS = Histogram(
@@ -25,3 +30,44 @@ LAST_SUCCESS = Gauge(
 HELD_SYMBOLS = Gauge("price_feeder_held_symbols", "Symbols that somebody holds.")
 UNPUBLISHED = Gauge("price_feeder_unpublished_ticks", "Ticks that NATS has not acknowledged yet.")
 BUDGET_LEFT = Gauge("price_feeder_request_budget_left", "Requests that may be sent to Alpaca now.")
+LEASE_HELD = Gauge("price_feeder_lease_held", "1 while this feeder has the lease, 0 while it is a standby.")
+STREAM_STATE = Gauge("price_feeder_stream_state", "1 for the state that a stream is in.", ["stream", "state"])
+STREAMED_SYMBOLS = Gauge("price_feeder_streamed_symbols", "Symbols that a stream carries.", ["stream"])
+STREAM_SYMBOLS_MAX = Gauge("price_feeder_stream_symbols_max", "Symbols that a stream may carry.", ["stream"])
+POLLED_SYMBOLS = Gauge("price_feeder_polled_symbols", "Held symbols that no stream carries.")
+STREAM_FAILURES = Counter(
+    "price_feeder_stream_failures", "Streams that ended, by Alpaca's code or connection.", ["stream", "code"]
+)
+STREAMED_TRADES = Counter(
+    "price_feeder_streamed_trades",
+    "Trades of streams: taken, older than another, without_price (their conditions set none), malformed.",
+    ["stream", "outcome"],
+)
+FLUSHES = Counter(
+    "price_feeder_flushes", "Batches of streamed trades by outcome: stored, unstored, lost.", ["outcome"]
+)
+FLUSHED_TRADES = Counter("price_feeder_flushed_trades", "Streamed trades that went into batches.")
+WITHDRAWALS = Counter("price_feeder_withdrawn_trades", "Cached trades that were corrected or cancelled.")
+TRADING_STATUSES = Counter(
+    "price_feeder_trading_statuses", "Statuses by kind: halted, resumed, other.", ["kind"]
+)
+
+
+def streamed_trades(stream: str) -> Callable[[Heard], None]:
+    """Return what counts a frame's trades; a child is looked up once, not for every frame."""
+    taken, older, without_price, malformed = (
+        STREAMED_TRADES.labels(stream, outcome)
+        for outcome in ("taken", "older", "without_price", "malformed")
+    )
+
+    def count(heard: Heard) -> None:
+        if heard.taken:
+            taken.inc(heard.taken)
+        if heard.without_price:
+            without_price.inc(heard.without_price)
+        if heard.malformed:
+            malformed.inc(heard.malformed)
+        if rest := heard.trades - heard.taken - heard.without_price:
+            older.inc(rest)
+
+    return count

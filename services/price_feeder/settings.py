@@ -32,6 +32,18 @@ def _web_address(url: str) -> str:
     return url
 
 
+def _stream_address(url: str) -> str:
+    url = url.strip().rstrip("/").removesuffix("/v2").rstrip("/")
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("ws", "wss") and parts.hostname and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid or parts.query or parts.fragment:
+        raise ValueError("must be a websocket address such as wss://stream.data.alpaca.markets")
+    return url
+
+
 def _market_data_address(url: str) -> str:
     if urlsplit(url).hostname in TRADING_HOSTS:
         raise ValueError(
@@ -56,6 +68,9 @@ class Settings(ServiceSettings):
     alpaca_data_url: Annotated[WebAddress, AfterValidator(_market_data_address)] = Field(
         default="https://data.alpaca.markets", description="Market-data host, where prices come from."
     )
+    alpaca_stream_url: Annotated[str, AfterValidator(_stream_address)] = Field(
+        default="wss://stream.data.alpaca.markets", description="Host of the trade streams."
+    )
     alpaca_base_url: WebAddress = Field(
         default="https://paper-api.alpaca.markets",
         description="Trading host, where the calendar of sessions comes from; no prices do.",
@@ -69,6 +84,19 @@ class Settings(ServiceSettings):
     price_update_interval_seconds: Annotated[float, Field(ge=0.1, le=3600)] = Field(
         default=10, description="Seconds between two rounds; a fraction is allowed."
     )
+    price_closed_interval_seconds: Annotated[float, Field(ge=0.1, le=86_400)] = Field(
+        default=300, description="Seconds between two rounds for equities while their market is closed."
+    )
+    price_stream_enabled: bool = Field(
+        default=True, description="Whether trades are streamed as well; polling goes on beside the streams."
+    )
+    alpaca_stream_symbols_max: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        default=30,
+        description="Symbols that a stream carries, the most widely held ones; the free plan allows 30.",
+    )
+    price_replay_minutes: Annotated[float, Field(ge=0, le=1440)] = Field(
+        default=5, description="Minutes of ticks of every symbol that the stream PRICES keeps for a replay."
+    )
     alpaca_requests_per_minute: Annotated[int, Field(ge=1, le=100_000)] = Field(
         default=200, description="Requests to Alpaca in any 60 seconds, at most."
     )
@@ -76,6 +104,14 @@ class Settings(ServiceSettings):
     @property
     def interval(self) -> timedelta:
         return timedelta(seconds=self.price_update_interval_seconds)
+
+    @property
+    def closed_interval(self) -> timedelta:
+        return timedelta(seconds=self.price_closed_interval_seconds)
+
+    @property
+    def replay(self) -> timedelta:
+        return timedelta(minutes=self.price_replay_minutes)
 
     @model_validator(mode="after")
     def _keys_are_there(self) -> Self:

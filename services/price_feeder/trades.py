@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 
+from services.price_feeder.conflation import StreamedTrade
 from shared.messages import AssetClass, asset_class
 from shared.money import PRICE_PLACES, rounded
 
@@ -25,6 +26,7 @@ _EQUITY = re.compile(r"[A-Z0-9]+([.-][A-Z0-9]+)*", re.ASCII)
 _CRYPTO = re.compile(r"[A-Z0-9]+/(?P<quoted_in>[A-Z0-9]+)", re.ASCII)
 _DOLLARS = ("USD", "USDC", "USDT")
 _INSTANT_LENGTH_MAX = 40
+_EPOCH = EARLIEST
 
 
 class Rejection(StrEnum):
@@ -50,6 +52,8 @@ class Rejection(StrEnum):
     FROM_THE_FUTURE = "from_the_future"
     OLDER = "older"
     """Happened before the trade that the cache has: an answer out of order, or a feed that lags behind the last one."""
+    OUTSIDE_SESSION = "outside_session"
+    """Happened while the market was closed, and the session's last price is there."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,20 @@ def last_trade(symbol: str, raw: object, *, feed: str, now: datetime) -> LastTra
         return price
     traded_at = _instant(raw.get("t"), now)
     return traded_at if isinstance(traded_at, Rejection) else LastTrade(symbol, price, traded_at, feed)
+
+
+def streamed_last_trade(symbol: str, trade: StreamedTrade) -> LastTrade | Rejection:
+    """Return the trade that a stream sent, whose fields are of their types and within their bounds."""
+    price = _price(trade.price)
+    if isinstance(price, Rejection):
+        return price
+    return LastTrade(symbol, price, _EPOCH + timedelta(microseconds=trade.traded_at_ns // 1000), trade.feed)
+
+
+def withdrawn_price(raw: float) -> Decimal | None:
+    """Return the price of a withdrawn trade as the cache would have it."""
+    price = _price(raw)
+    return None if isinstance(price, Rejection) else price
 
 
 def _price(raw: object) -> Decimal | Rejection:

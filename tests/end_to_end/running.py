@@ -42,6 +42,7 @@ class System:
             route = "/healthz"
             ports = {"SIMULATOR_PORT": str(port)}
             self.settings |= {"ALPACA_DATA_URL": url, "ALPACA_BASE_URL": url}
+            self.settings["ALPACA_STREAM_URL"] = url.replace("http", "ws", 1)
         else:
             url, health_url, route = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{health_port}", "/readyz"
             ports = {"GATEWAY_PORT": str(port), "HEALTH_PORT": str(health_port)}

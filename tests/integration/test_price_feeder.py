@@ -3,11 +3,12 @@
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import nats
@@ -16,23 +17,27 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
 from local.servers import nats_server
-from services.price_feeder import feed
+from services.price_feeder import feed, queries
 from services.price_feeder.feed import Feed
+from services.price_feeder.lease import Lease
 from services.price_feeder.market_data import MarketData
 from services.price_feeder.queries import (
+    Stored,
     cached_price,
     cached_prices,
     held_symbols,
-    store_trades,
 )
 from services.price_feeder.trades import LastTrade
 from shared import database as databases
 from shared.bus import Bus
 from shared.clock import utc_now
 from shared.database import Database
+from shared.market_calendar import Calendar
 from shared.messages import FEED_STATUS, FeedStatus, PriceTick, price_subject
 from tests.factories import create_user, set_position, set_price
 from tests.integration.fake_alpaca import FakeAlpaca, answers, hangs, running_fake, trade
+from tests.integration.leases import held_lease
+from tests.market import open_now
 from tests.waiting import eventually
 
 TEN = datetime(2026, 3, 2, 15, 0, 0, tzinfo=UTC)
@@ -64,6 +69,21 @@ async def market(alpaca: FakeAlpaca) -> AsyncIterator[MarketData]:
 
 
 @pytest.fixture
+async def lease(database: Database) -> AsyncIterator[Lease]:
+    async with held_lease(database) as held:
+        yield held
+
+
+NewFeed = Callable[[], Feed]
+
+
+@pytest.fixture
+def new_feed(database: Database, bus: Bus, market: MarketData, lease: Lease) -> NewFeed:
+    """Return what makes a feed, to which the market is open."""
+    return lambda: Feed(database, bus, market, lease, calendar=Calendar(open_now()))
+
+
+@pytest.fixture
 async def js(nats_url: str) -> AsyncIterator[JetStreamContext]:
     client = await nats.connect(nats_url)
     yield client.jetstream()
@@ -87,6 +107,13 @@ async def last_status(js: JetStreamContext) -> FeedStatus:
     return FeedStatus.model_validate_json(message.data)
 
 
+async def store(database: Database, trades: Iterable[LastTrade], at: datetime, **options: Any) -> Stored:
+    """Store as one who holds the lease."""
+    term, _ = await queries.acquire_lease(database, "tests", timedelta(seconds=10))
+    assert term
+    return await queries.store_trades(database, term, trades, at, **options)
+
+
 def last(price: str, at: datetime, symbol: str = "AAPL", source: str = "iex") -> LastTrade:
     return LastTrade(symbol, Decimal(price), at, source)
 
@@ -107,12 +134,12 @@ async def test_held_symbols_are_each_named_once_least_recently_confirmed_first(d
 
 async def test_nobody_holds_anything(database: Database) -> None:
     assert await held_symbols(database) == []
-    assert not (await store_trades(database, [], RECEIVED)).confirmed
+    assert not (await store(database, [], RECEIVED)).confirmed
 
 
 async def test_newer_trade_replaces_the_cached_one(database: Database) -> None:
-    await store_trades(database, [last("200.5000", TEN)], RECEIVED)
-    stored = await store_trades(database, [last("201.0000", TEN + SECOND)], RECEIVED + SECOND)
+    await store(database, [last("200.5000", TEN)], RECEIVED)
+    stored = await store(database, [last("201.0000", TEN + SECOND)], RECEIVED + SECOND)
     (tick,) = stored.changed
     assert tick == PriceTick(
         symbol="AAPL",
@@ -128,17 +155,17 @@ async def test_newer_trade_replaces_the_cached_one(database: Database) -> None:
 
 
 async def test_older_trade_changes_and_confirms_nothing(database: Database) -> None:
-    await store_trades(database, [last("200.5000", TEN)], RECEIVED)
+    await store(database, [last("200.5000", TEN)], RECEIVED)
     before = await cached_price(database, "AAPL")
-    stored = await store_trades(database, [last("150.0000", TEN - SECOND)], RECEIVED + SECOND)
+    stored = await store(database, [last("150.0000", TEN - SECOND)], RECEIVED + SECOND)
     assert (stored.changed, stored.confirmed) == ((), frozenset())
     assert await cached_price(database, "AAPL") == before
 
 
 @pytest.mark.parametrize("price", ["200.5000", "201.0000"])
 async def test_trade_of_the_same_instant_confirms_and_changes_nothing(database: Database, price: str) -> None:
-    first = await store_trades(database, [last("200.5000", TEN)], RECEIVED)
-    stored = await store_trades(database, [last(price, TEN)], RECEIVED + SECOND)
+    first = await store(database, [last("200.5000", TEN)], RECEIVED)
+    stored = await store(database, [last(price, TEN)], RECEIVED + SECOND)
     assert (stored.changed, stored.confirmed) == ((), frozenset({"AAPL"}))
     cached = await cached_price(database, "AAPL")
     assert cached
@@ -146,8 +173,8 @@ async def test_trade_of_the_same_instant_confirms_and_changes_nothing(database: 
 
 
 async def test_confirmation_never_moves_back(database: Database) -> None:
-    await store_trades(database, [last("200.5000", TEN)], RECEIVED)
-    await store_trades(database, [last("201.0000", TEN + SECOND)], RECEIVED - SECOND)
+    await store(database, [last("200.5000", TEN)], RECEIVED)
+    await store(database, [last("201.0000", TEN + SECOND)], RECEIVED - SECOND)
     cached = await cached_price(database, "AAPL")
     assert cached
     assert (cached.tick.sequence, cached.confirmed_at) == (2, RECEIVED)
@@ -157,33 +184,34 @@ async def test_confirmation_never_moves_back(database: Database) -> None:
 async def test_real_and_simulated_prices_replace_each_other_whatever_their_times(
     database: Database, before: str, after: str
 ) -> None:
-    await store_trades(database, [last("200.5000", TEN, source=before)], RECEIVED)
-    stored = await store_trades(
-        database, [last("44.1000", TEN - 999 * SECOND, source=after)], RECEIVED + SECOND
-    )
+    await store(database, [last("200.5000", TEN, source=before)], RECEIVED)
+    stored = await store(database, [last("44.1000", TEN - 999 * SECOND, source=after)], RECEIVED + SECOND)
     assert [(str(tick.price), tick.feed, tick.sequence) for tick in stored.changed] == [("44.1000", after, 2)]
 
 
 async def test_older_price_of_another_real_feed_does_not_replace_a_newer_one(database: Database) -> None:
-    await store_trades(database, [last("200.5000", TEN, source="sip")], RECEIVED)
-    stored = await store_trades(database, [last("199.0000", TEN - SECOND, source="iex")], RECEIVED)
+    await store(database, [last("200.5000", TEN, source="sip")], RECEIVED)
+    stored = await store(database, [last("199.0000", TEN - SECOND, source="iex")], RECEIVED)
     assert stored.changed == ()
 
 
 async def test_storing_twice_reports_the_same_changes(database: Database) -> None:
     """A statement is sent again when its connection was lost, and the first may have been committed."""
     batch = [last("200.5000", TEN), last("29791.0000", TEN, "BTC/USD", "us")]
-    first = await store_trades(database, batch, RECEIVED)
-    assert await store_trades(database, batch, RECEIVED) == first
+    first = await store(database, batch, RECEIVED)
+    assert await store(database, batch, RECEIVED) == first
     assert [tick.symbol for tick in first.changed] == ["AAPL", "BTC/USD"]
 
 
 async def test_many_writers_of_the_same_symbols_do_not_deadlock(database: Database) -> None:
+    term, _ = await queries.acquire_lease(database, "tests", timedelta(seconds=10))
+    assert term
     symbols = [f"S{number}" for number in range(200)]
     writers = []
     for turn in range(12):
         batch = [last("10.0000", TEN + turn * SECOND, symbol) for symbol in symbols]
-        writers.append(store_trades(database, batch[::-1] if turn % 2 else batch, RECEIVED + turn * SECOND))
+        ordered = batch[::-1] if turn % 2 else batch
+        writers.append(queries.store_trades(database, term, ordered, RECEIVED + turn * SECOND))
     await asyncio.gather(*writers)
     cached = await cached_prices(database, symbols)
     assert {price.tick.traded_at for price in cached.values()} == {TEN + 11 * SECOND}
@@ -200,12 +228,12 @@ async def test_cached_prices_are_those_asked_for(database: Database) -> None:
 
 
 async def test_round_caches_prices_and_publishes_each_as_the_last_of_its_subject(
-    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData, js: JetStreamContext
+    database: Database, alpaca: FakeAlpaca, js: JetStreamContext, new_feed: NewFeed
 ) -> None:
     held = {"AAPL": ("1", "1"), "BRK.B": ("1", "1"), "BTC/USD": ("1", "1")}
     await create_user(database, positions=held)
     alpaca.trades = {"AAPL": trade("200.5"), "BRK.B": trade("412.3"), "BTC/USD": trade("29791")}
-    done = await Feed(database, bus, market).take_round(asyncio.Event())
+    done = await new_feed().take_round(asyncio.Event())
     assert (done.outcome, done.symbols, done.confirmed, done.changed) == ("ok", 3, 3, 3)
     for symbol, price in (("AAPL", "200.5000"), ("BRK.B", "412.3000"), ("BTC/USD", "29791.0000")):
         tick = await last_tick(js, symbol)
@@ -223,14 +251,14 @@ async def test_round_caches_prices_and_publishes_each_as_the_last_of_its_subject
 
 
 async def test_only_changes_are_published(
-    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData, js: JetStreamContext
+    database: Database, alpaca: FakeAlpaca, js: JetStreamContext, new_feed: NewFeed
 ) -> None:
     await create_user(database, positions={"AAPL": ("1", "1"), "MSFT": ("1", "1")})
     alpaca.trades = {
         "AAPL": trade("200.5", "2026-03-02T15:00:00Z"),
         "MSFT": trade("400", "2026-03-02T15:00:00Z"),
     }
-    feeder = Feed(database, bus, market)
+    feeder = new_feed()
     await feeder.take_round(asyncio.Event())
     assert await published(js) == 2
     assert (await feeder.take_round(asyncio.Event())).changed == 0
@@ -245,7 +273,7 @@ async def test_only_changes_are_published(
 
 
 async def test_tick_that_is_heard_is_found_in_the_table(
-    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData, nats_url: str
+    database: Database, alpaca: FakeAlpaca, nats_url: str, new_feed: NewFeed
 ) -> None:
     await create_user(database, positions={"AAPL": ("1", "1")})
     compared: list[tuple[int, int]] = []
@@ -258,7 +286,7 @@ async def test_tick_that_is_heard_is_found_in_the_table(
 
     await listener.subscribe("prices.v1.>", cb=compare)
     await listener.flush()
-    feeder = Feed(database, bus, market)
+    feeder = new_feed()
     for second in range(20):
         alpaca.trades = {"AAPL": trade(f"{200 + second}", f"2026-03-02T15:00:{second:02}Z")}
         await feeder.take_round(asyncio.Event())
@@ -273,13 +301,13 @@ async def test_tick_that_is_heard_is_found_in_the_table(
 
 
 async def test_absurd_and_missing_prices_do_not_cost_the_others(
-    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData
+    database: Database, alpaca: FakeAlpaca, new_feed: NewFeed
 ) -> None:
     held = ("AAPL", "HUGE", "NULL", "GONE", "ODD~SYMBOL")
     await create_user(database, positions=dict.fromkeys(held, ("1", "1")))
     await set_price(database, "HUGE", "12.5", age=timedelta(minutes=1))
     alpaca.trades = {"AAPL": trade("200.5"), "HUGE": trade("1e400"), "NULL": "null"}
-    done = await Feed(database, bus, market).take_round(asyncio.Event())
+    done = await new_feed().take_round(asyncio.Event())
     assert (done.outcome, done.symbols, done.confirmed, done.rejected) == ("ok", 5, 1, 4)
     cached = await cached_prices(database, held)
     assert {symbol: str(price.tick.price) for symbol, price in cached.items()} == {
@@ -289,13 +317,13 @@ async def test_absurd_and_missing_prices_do_not_cost_the_others(
 
 
 async def test_failing_market_keeps_the_old_prices_and_the_next_round_heals(
-    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData
+    database: Database, alpaca: FakeAlpaca, new_feed: NewFeed
 ) -> None:
     await create_user(database, positions={"AAPL": ("1", "1")})
     await set_price(database, "AAPL", "190", traded_at=TEN - SECOND)
     alpaca.trades = {"AAPL": trade("200.5")}
     alpaca.fault = answers("502 Bad Gateway", "<html><title>502 Bad Gateway</title></html>")
-    feeder = Feed(database, bus, market)
+    feeder = new_feed()
     done = await feeder.take_round(asyncio.Event())
     assert (done.outcome, done.problem) == ("failed", "answered 502: 502 Bad Gateway")
     cached = await cached_price(database, "AAPL")
@@ -306,12 +334,12 @@ async def test_failing_market_keeps_the_old_prices_and_the_next_round_heals(
 
 
 async def test_simulated_prices_are_labelled_on_the_bus_and_in_the_table(
-    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData, js: JetStreamContext
+    database: Database, alpaca: FakeAlpaca, js: JetStreamContext, new_feed: NewFeed
 ) -> None:
     await create_user(database, positions={"AAPL": ("1", "1")})
     alpaca.headers = {"X-Market-Simulated": "true"}
     alpaca.trades = {"AAPL": trade("200.5")}
-    assert (await Feed(database, bus, market).take_round(asyncio.Event())).simulated
+    assert (await new_feed().take_round(asyncio.Event())).simulated
     assert (await last_tick(js, "AAPL")).feed == "simulated"
 
 
@@ -319,12 +347,12 @@ async def test_simulated_prices_are_labelled_on_the_bus_and_in_the_table(
 
 
 async def test_status_follows_the_confirmation_of_prices(
-    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData, js: JetStreamContext
+    database: Database, alpaca: FakeAlpaca, js: JetStreamContext, new_feed: NewFeed
 ) -> None:
     await create_user(database, positions={"AAPL": ("1", "1")})
     await set_price(database, "AAPL", "190", age=timedelta(minutes=6))
     alpaca.fault = answers("500 Internal Server Error", "")
-    feeder = Feed(database, bus, market)
+    feeder = new_feed()
     await feeder.take_round(asyncio.Event())
     status = await last_status(js)
     assert (status.state, status.detail) == ("stale", "answered 500")
@@ -337,13 +365,14 @@ async def test_status_follows_the_confirmation_of_prices(
     assert (await last_status(js)).state == "polling"  # confirmed less than 5 minutes ago
     await feeder.say_stopped()
     assert (await last_status(js)).state == "stopped"
-    assert (await js.stream_info("FEED")).state.last_seq == 3
+    statuses = (await js.stream_info("FEED")).state.last_seq
+    assert statuses == 3 + 1  # and the confirmation of the one round that brought a price
 
 
 async def test_nothing_held_is_no_failure(
-    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData, js: JetStreamContext
+    alpaca: FakeAlpaca, js: JetStreamContext, new_feed: NewFeed
 ) -> None:
-    assert (await Feed(database, bus, market).take_round(asyncio.Event())).outcome == "idle"
+    assert (await new_feed().take_round(asyncio.Event())).outcome == "idle"
     assert (await last_status(js)).state == "polling"
     assert alpaca.asked == []
 
@@ -352,23 +381,23 @@ async def test_nothing_held_is_no_failure(
 
 
 async def test_new_process_publishes_what_the_killed_one_only_cached(
-    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData, js: JetStreamContext
+    database: Database, alpaca: FakeAlpaca, js: JetStreamContext, new_feed: NewFeed
 ) -> None:
     await create_user(database, positions={"AAPL": ("1", "1"), "GONE": ("1", "1")})
     await set_price(database, "AAPL", "200.5", traded_at=TEN)
     await set_price(database, "GONE", "7.25", traded_at=TEN)
     await set_price(database, "UNHELD", "1", traded_at=TEN)
     alpaca.trades = {"AAPL": trade("201", "2026-03-02T15:00:01Z")}
-    await Feed(database, bus, market).take_round(asyncio.Event())
+    await new_feed().take_round(asyncio.Event())
     assert str((await last_tick(js, "AAPL")).price) == "201.0000"
     assert str((await last_tick(js, "GONE")).price) == "7.2500"
     assert await published(js) == 2
-    await Feed(database, bus, market).take_round(asyncio.Event())
+    await new_feed().take_round(asyncio.Event())
     assert await published(js) == 2  # the stream drops the second copies
 
 
 async def test_outage_of_nats_does_not_stop_the_cache_and_is_healed(
-    database: Database, alpaca: FakeAlpaca, market: MarketData, tmp_path: Path
+    database: Database, alpaca: FakeAlpaca, market: MarketData, lease: Lease, tmp_path: Path
 ) -> None:
     """Also when the server comes back with an empty disk."""
     await create_user(database, positions={"AAPL": ("1", "1"), "QUIET": ("1", "1")})
@@ -376,7 +405,7 @@ async def test_outage_of_nats_does_not_stop_the_cache_and_is_healed(
     with nats_server(tmp_path / "first") as server:
         url = server.url
         async with Bus(url, name="tests") as bus:
-            feeder = Feed(database, bus, market)
+            feeder = Feed(database, bus, market, lease, calendar=Calendar(open_now()))
             assert await bus.wait_until_ready(asyncio.Event())
             assert (await feeder.take_round(asyncio.Event())).unpublished == 0
             server.process.kill()
@@ -417,10 +446,10 @@ def empty_nats_at(url: str, folder: Path) -> Iterator[None]:
             process.kill()
 
 
-async def test_database_away_is_survived_and_said(bus: Bus, market: MarketData) -> None:
+async def test_database_away_is_survived_and_said(bus: Bus, market: MarketData, lease: Lease) -> None:
     url = "postgresql://u:p@127.0.0.1:9/none"
     async with databases.connect(url, application_name="tests", connections_max=1) as unreachable:
-        done = await Feed(unreachable, bus, market).take_round(asyncio.Event())
+        done = await Feed(unreachable, bus, market, lease).take_round(asyncio.Event())
     assert done.outcome == "unstored"
     assert done.problem
     assert done.problem.startswith("database: ")
@@ -430,11 +459,11 @@ async def test_database_away_is_survived_and_said(bus: Bus, market: MarketData) 
 
 
 async def test_loop_takes_a_round_at_once_and_then_on_every_boundary_until_stopped(
-    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData, js: JetStreamContext
+    database: Database, alpaca: FakeAlpaca, js: JetStreamContext, new_feed: NewFeed
 ) -> None:
     await create_user(database, positions={"AAPL": ("1", "1")})
     stop = asyncio.Event()
-    running = asyncio.create_task(feed.run(database, bus, market, timedelta(seconds=0.5), stop))
+    running = asyncio.create_task(feed.run(new_feed(), timedelta(seconds=0.5), stop))
 
     async def is_asked_often() -> bool:
         return len(alpaca.asked) >= 4
@@ -448,12 +477,12 @@ async def test_loop_takes_a_round_at_once_and_then_on_every_boundary_until_stopp
 
 
 async def test_loop_goes_on_through_a_hanging_market_and_stops_during_it(
-    database: Database, bus: Bus, alpaca: FakeAlpaca, market: MarketData
+    database: Database, alpaca: FakeAlpaca, new_feed: NewFeed
 ) -> None:
     user_id = await create_user(database, positions={"AAPL": ("1", "1")})
     alpaca.fault = hangs
     stop = asyncio.Event()
-    running = asyncio.create_task(feed.run(database, bus, market, timedelta(seconds=0.5), stop))
+    running = asyncio.create_task(feed.run(new_feed(), timedelta(seconds=0.5), stop))
 
     async def is_asked_twice() -> bool:
         return len(alpaca.asked) >= 2
@@ -479,13 +508,15 @@ async def test_loop_goes_on_through_a_hanging_market_and_stops_during_it(
 
 
 async def test_loop_does_not_wait_for_nats(
-    database: Database, alpaca: FakeAlpaca, market: MarketData
+    database: Database, alpaca: FakeAlpaca, market: MarketData, lease: Lease
 ) -> None:
     await create_user(database, positions={"AAPL": ("1", "1")})
     alpaca.trades = {"AAPL": trade("200.5")}
     stop = asyncio.Event()
     async with Bus("nats://127.0.0.1:9", name="tests") as unconnected:
-        running = asyncio.create_task(feed.run(database, unconnected, market, timedelta(seconds=60), stop))
+        running = asyncio.create_task(
+            feed.run(Feed(database, unconnected, market, lease), timedelta(seconds=60), stop)
+        )
 
         async def is_priced() -> bool:
             return await cached_price(database, "AAPL") is not None

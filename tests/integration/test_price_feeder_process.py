@@ -66,6 +66,9 @@ async def price_feeder(
         "ALPACA_API_KEY": "key",
         "ALPACA_SECRET_KEY": "very-secret",
         "ALPACA_DATA_URL": alpaca.url,
+        "ALPACA_BASE_URL": alpaca.url,
+        "PRICE_STREAM_ENABLED": "false",
+        "PRICE_CLOSED_INTERVAL_SECONDS": "0.5",
         "PRICE_UPDATE_INTERVAL_SECONDS": "0.5",
         "HEALTH_HOST": "127.0.0.1",
         "HEALTH_PORT": str(port),
@@ -130,7 +133,7 @@ async def test_prices_flow_and_sigterm_ends_it_with_exit_code_0(
                 assert await ready.json() == {
                     "service": "price_feeder",
                     "status": "ready",
-                    "checks": {"postgres": "ok", "schema": "ok", "nats": "ok"},
+                    "checks": {"postgres": "ok", "schema": "ok", "nats": "ok", "lease": "ok"},
                 }
             async with client.get("/metrics") as metrics:
                 text = await metrics.text()

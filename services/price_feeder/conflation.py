@@ -1,0 +1,78 @@
+"""Conflation: of many trades of a symbol the newest, and of many moments a few. Pure.
+
+What comes in costs a comparison; what goes out is bounded by symbols and windows, however much comes in. A first trade
+goes out at once, and after it one batch a window.
+"""
+
+from typing import NamedTuple
+
+WINDOW_SECONDS = 0.25
+
+
+class StreamedTrade(NamedTuple):
+    """A trade as a stream sent it, not judged yet."""
+
+    price: float
+    traded_at_ns: int
+    """Nanoseconds since the epoch."""
+    trade_id: object
+    feed: str
+
+
+class Conflation:
+    """The newest trade of each symbol that has not gone out yet. Times are seconds of a clock that never goes back.
+
+    Bounded by the symbols that are let in, for which `forget` is told when they are not wanted any more.
+    """
+
+    def __init__(self, window_seconds: float = WINDOW_SECONDS) -> None:
+        self._window_seconds = window_seconds
+        self._waiting: dict[str, StreamedTrade] = {}
+        self._gone_out: dict[str, StreamedTrade] = {}
+        self._window_ends_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def take(self, symbol: str, trade: StreamedTrade) -> bool:
+        """Take a trade in unless a newer one is known; of the same instant the last one counts. Tell whether it did."""
+        newest = self._waiting.get(symbol) or self._gone_out.get(symbol)
+        if newest is not None and trade.traded_at_ns < newest.traded_at_ns:
+            return False
+        self._waiting[symbol] = trade
+        return True
+
+    def wait_seconds(self, at: float) -> float | None:
+        """Return how long the next batch has to wait from `at` on; None while there is nothing to go out."""
+        return max(self._window_ends_at - at, 0.0) if self._waiting else None
+
+    def batch(self, at: float) -> dict[str, StreamedTrade]:
+        """Let what waits go out, and begin a window at `at`."""
+        batch, self._waiting = self._waiting, {}
+        self._gone_out |= batch
+        self._window_ends_at = at + self._window_seconds
+        return batch
+
+    def take_back(self, batch: dict[str, StreamedTrade]) -> None:
+        """Let a batch that could not be stored wait again, less what is newer by now."""
+        self._waiting = batch | self._waiting
+
+    def last(self, symbol: str) -> StreamedTrade | None:
+        """Return the last trade of a symbol that went out."""
+        return self._gone_out.get(symbol)
+
+    def withdraw(self, symbol: str, trade_id: object) -> bool:
+        """Drop a trade that does not count any more; tell whether it waited here.
+
+        Older ones of its symbol that it has displaced are gone: the caller must ask for the symbol's last trade.
+        """
+        waiting = self._waiting.get(symbol)
+        if waiting is not None and waiting.trade_id == trade_id:
+            del self._waiting[symbol]
+            return True
+        return False
+
+    def forget(self, symbol: str) -> None:
+        """Know nothing of a symbol any more: the next trade is the newest, whenever it happened."""
+        self._waiting.pop(symbol, None)
+        self._gone_out.pop(symbol, None)

@@ -1,0 +1,147 @@
+"""What is to be published, until NATS has acknowledged it: ticks, confirmations, the feed's status."""
+
+import asyncio
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from datetime import datetime
+
+from services.price_feeder import metrics
+from services.price_feeder.lease import Lease
+from shared import logs
+from shared.bus import Bus, Outgoing
+from shared.messages import (
+    FEED_STATUS,
+    PRICES_CONFIRMED,
+    FeedState,
+    FeedStatus,
+    PricesConfirmed,
+    PriceTick,
+    price_subject,
+    symbol_token,
+)
+
+PUBLISH_SECONDS_MAX = 5.0
+BATCH_MAX = 256
+CONFIRMED_MAX = 2000
+"""Symbols in one confirmation: 20 KB."""
+LAST_STATUS_SECONDS_MAX = 2.0
+
+log = logs.get_logger()
+
+
+class Outbox:
+    """The newest unpublished tick of each symbol. Nothing is sent without the lease, and never two batches at once.
+
+    So that of two ticks of a symbol the one that is sent last is the newer one.
+    """
+
+    def __init__(self, bus: Bus, lease: Lease) -> None:
+        self._bus = bus
+        self._lease = lease
+        self._ticks: dict[str, PriceTick] = {}
+        self._confirmations: list[PricesConfirmed] = []
+        self._status: FeedStatus | None = None
+        self._status_published = False
+        self._publishing = asyncio.Lock()
+        self._wanted = asyncio.Event()
+
+    def __len__(self) -> int:
+        """How many ticks are not acknowledged."""
+        return len(self._ticks)
+
+    def add(self, ticks: Iterable[PriceTick]) -> None:
+        """Take in ticks, which must be committed; of a symbol's the one with the highest sequence stays."""
+        for tick in ticks:
+            waiting = self._ticks.get(tick.symbol)
+            if waiting is None or waiting.sequence <= tick.sequence:
+                self._ticks[tick.symbol] = tick
+
+    def confirm(self, symbols: Sequence[str], at: datetime) -> None:
+        """Take in that these prices are still the last; it is sent once, as the next one says more."""
+        self._confirmations = [
+            PricesConfirmed(confirmed_at=at, symbols=tuple(symbols[start : start + CONFIRMED_MAX]))
+            for start in range(0, len(symbols), CONFIRMED_MAX)
+        ]
+
+    def set_status(self, state: FeedState, detail: str, at: datetime, *, streamed: int, polled: int) -> None:
+        """Take in the feed's state, if it is another one."""
+        before = self._status
+        if before and (before.state, before.streamed, before.polled) == (state, streamed, polled):
+            return
+        if before is None or before.state is not state:
+            log.info("feed_status", state=state, detail=detail, streamed=streamed, polled=polled)
+        since = before.since if before and before.state is state else at
+        self._status = FeedStatus(state=state, since=since, detail=detail, streamed=streamed, polled=polled)
+        self._status_published = False
+
+    def repeat_status(self) -> None:
+        """Publish the status again: the stream that keeps it may have been lost."""
+        self._status_published = False
+
+    def wake(self) -> None:
+        """Let `keep_publishing` publish."""
+        self._wanted.set()
+
+    async def keep_publishing(self) -> None:
+        """Publish whenever `wake` is called, until cancelled."""
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            await self.publish()
+
+    async def publish(self) -> None:
+        """Publish all that waits; what NATS does not acknowledge waits for the next time."""
+        try:
+            async with asyncio.timeout(PUBLISH_SECONDS_MAX), self._publishing:
+                await self._publish_status()
+                for symbols in _batches(list(self._ticks)):
+                    if not await self._publish_ticks(symbols):
+                        break
+                await self._publish_confirmations()
+        except TimeoutError:
+            log.warning("publishing_cut_off", unpublished=len(self._ticks))
+        metrics.UNPUBLISHED.set(len(self._ticks))
+
+    async def _publish_ticks(self, symbols: Sequence[str]) -> bool:
+        """Publish the ticks that wait now, which may be newer than when the symbols were listed."""
+        if not self._lease.holds():
+            return False
+        term = self._lease.term.number
+        ticks = [self._ticks[symbol] for symbol in symbols]
+        failed = await self._bus.publish_all([_outgoing(tick, term) for tick in ticks])
+        unacknowledged = {outgoing.subject for outgoing, _ in failed}
+        for tick in ticks:
+            if self._ticks.get(tick.symbol) is tick and price_subject(tick.symbol) not in unacknowledged:
+                del self._ticks[tick.symbol]
+        return not failed
+
+    async def _publish_confirmations(self) -> None:
+        confirmations, self._confirmations = self._confirmations, []
+        if confirmations and self._lease.holds():
+            await self._bus.publish_all([Outgoing(PRICES_CONFIRMED, each) for each in confirmations])
+
+    async def _publish_status(self) -> None:
+        status = self._status
+        if status and not self._status_published and self._lease.holds():
+            failed = await self._bus.publish_all([Outgoing(FEED_STATUS, status)])
+            self._status_published = not failed and self._status is status
+
+    async def publish_last_status(self) -> None:
+        """Publish the status alone, once, as there is no later."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_STATUS_SECONDS_MAX), self._publishing:
+                await self._publish_status()
+
+
+def _outgoing(tick: PriceTick, term: int) -> Outgoing:
+    """The message's id is the change's and the term's.
+
+    So the stream drops a second copy, but not what a new holder of the lease publishes to be sure.
+    """
+    change = f"{symbol_token(tick.symbol)}.{tick.sequence}.{tick.received_at.timestamp():.6f}.{term}"
+    return Outgoing(price_subject(tick.symbol), tick, change)
+
+
+def _batches(symbols: list[str]) -> Iterator[list[str]]:
+    for start in range(0, len(symbols), BATCH_MAX):
+        yield symbols[start : start + BATCH_MAX]

@@ -1,0 +1,37 @@
+"""How often prices are asked for: on every interval while their market is open, seldom while it is not. Pure."""
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+
+from shared.market_hours import MarketHours, is_session_bound
+
+BEFORE_OPEN = timedelta(minutes=5)
+AFTER_CLOSE = timedelta(minutes=15)
+"""The last trades of a session are reported late, and the feed that lags fifteen minutes has them then."""
+
+
+class Pace:
+    """When symbols whose market is closed are due again; all others are due in every round."""
+
+    def __init__(self, feed: str, closed_interval: timedelta) -> None:
+        self.feed = feed
+        """Where equity prices come from; the first answers may say that it is a simulated market."""
+        self._closed_interval = closed_interval
+        self._asked_at: datetime | None = None
+        self._asked: frozenset[str] = frozenset()
+
+    def is_bound(self, symbol: str) -> bool:
+        """Tell whether a symbol has prices during sessions only."""
+        return is_session_bound(symbol, self.feed)
+
+    def due(self, held: Iterable[str], hours: MarketHours, at: datetime) -> list[str]:
+        """Return which of the held symbols to ask for now, in their order, and note that they are."""
+        held = list(held)
+        bound = frozenset(filter(self.is_bound, held))
+        rested = self._asked_at is None or not timedelta(0) <= at - self._asked_at < self._closed_interval
+        if rested or hours.is_near_session(at, before=BEFORE_OPEN, after=AFTER_CLOSE):
+            self._asked_at, self._asked = at, bound
+            return held
+        resting = bound & self._asked  # what somebody has begun to hold since is asked for at once
+        self._asked |= bound
+        return [symbol for symbol in held if symbol not in resting]

@@ -1,0 +1,144 @@
+"""The streams of all classes, one conflation, and what is done with what they bring."""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from services.price_feeder import metrics
+from services.price_feeder.conflation import Conflation, StreamedTrade
+from services.price_feeder.frames import Withdrawal
+from services.price_feeder.streams import Connection, Listener, Stream, StreamState
+from shared.messages import AssetClass
+
+WITHDRAWALS_MAX = 1000
+UNSTORED_PAUSE_SECONDS = 1.0
+
+
+class Sink(Protocol):
+    """Who stores and publishes what streams bring."""
+
+    async def store_streamed(self, batch: Mapping[str, StreamedTrade]) -> bool:
+        """Store a batch, and let it be published; return False when it could not be stored and may be later."""
+
+    async def withdraw(self, withdrawals: Sequence[Withdrawal]) -> None:
+        """See to it that none of these trades stays as a price."""
+
+    async def fill_gap(self, symbols: Iterable[str]) -> None:
+        """Ask for what happened before these symbols were heard."""
+
+    def note_streams(self) -> None:
+        """Learn that what is streamed has changed."""
+
+
+class Streaming:
+    """What is streamed, and the work that comes of it while `run` runs."""
+
+    def __init__(
+        self, connections: Mapping[AssetClass, Callable[[], Connection]], *, feed: str, symbols_max: int
+    ) -> None:
+        self.symbols_max = symbols_max
+        self.conflation = Conflation()
+        self._sink: Sink | None = None
+        self._arrived = asyncio.Event()
+        self._attention = asyncio.Event()
+        self._gap: set[str] = set()
+        self._withdrawals: list[Withdrawal] = []
+        listener = Listener(
+            arrived=self._arrived.set,
+            withdrawn=self._note_withdrawal,
+            subscribed=self._note_gap,
+            changed=self._note_change,
+        )
+        self._streams = {
+            kind: Stream(
+                kind.value,
+                connect,
+                feed=feed if kind is AssetClass.EQUITY else "us",
+                symbols_max=symbols_max,
+                conflation=self.conflation,
+                listener=listener,
+            )
+            for kind, connect in connections.items()
+        }
+
+    @property
+    def streamed(self) -> frozenset[str]:
+        """The symbols whose trades are heard."""
+        return frozenset[str]().union(*(stream.subscribed for stream in self._streams.values()))
+
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether every symbol that may be streamed is."""
+        return all(stream.is_whole for stream in self._streams.values())
+
+    @property
+    def states(self) -> dict[str, str]:
+        """The state of each stream, with its problem, in words."""
+        return {
+            stream.name: f"{stream.state}: {stream.problem}" if stream.problem else str(stream.state)
+            for stream in self._streams.values()
+            if stream.state is not StreamState.OFF
+        }
+
+    def follow(self, selection: Mapping[AssetClass, Sequence[str]]) -> None:
+        """Stream these symbols from now on."""
+        for kind, stream in self._streams.items():
+            stream.follow(selection.get(kind, ()))
+            metrics.STREAM_SYMBOLS_MAX.labels(stream.name).set(stream.limit)
+
+    def note_missed(self, symbols: Iterable[str]) -> None:
+        """Learn what a round has found that the streams should have brought."""
+        missed = frozenset(symbols)
+        for stream in self._streams.values():
+            stream.note_missed(missed)
+
+    async def run(self, sink: Sink) -> None:
+        """Stream until cancelled; the connections are closed then."""
+        self._sink = sink
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                work: list[Coroutine[Any, Any, None]] = [stream.run() for stream in self._streams.values()]
+                for each in (*work, self._flush(sink), self._attend(sink)):
+                    tasks.create_task(each)
+        finally:
+            self._sink = None
+
+    async def _flush(self, sink: Sink) -> None:
+        """Hand out what is in the conflation: the first trade at once, then a batch a window."""
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            while (wait_seconds := self.conflation.wait_seconds(time.monotonic())) is not None:
+                if wait_seconds:
+                    await asyncio.sleep(wait_seconds)
+                batch = self.conflation.batch(time.monotonic())
+                metrics.FLUSHED_TRADES.inc(len(batch))
+                if not await sink.store_streamed(batch):
+                    self.conflation.take_back(batch)
+                    await asyncio.sleep(UNSTORED_PAUSE_SECONDS)
+
+    async def _attend(self, sink: Sink) -> None:
+        """Ask for what a stream cannot tell: trades before a subscription, and instead of withdrawn ones."""
+        while True:
+            await self._attention.wait()
+            self._attention.clear()
+            withdrawals, self._withdrawals = self._withdrawals, []
+            if withdrawals:
+                await sink.withdraw(withdrawals)
+            gap, self._gap = self._gap, set()
+            if gap:
+                await sink.fill_gap(gap)
+
+    def _note_withdrawal(self, withdrawal: Withdrawal) -> None:
+        if len(self._withdrawals) < WITHDRAWALS_MAX:
+            self._withdrawals.append(withdrawal)
+            self._attention.set()
+
+    def _note_gap(self, symbols: Iterable[str]) -> None:
+        self._gap.update(symbols)
+        self._attention.set()
+
+    def _note_change(self) -> None:
+        if self._sink is not None:
+            self._sink.note_streams()
