@@ -52,7 +52,12 @@ class Overheard:
             self.problems.append(f"{subject} is not in the document")
             return
         self.counts[name] = self.counts.get(name, 0) + 1
-        for error in validator(name).iter_errors(json.loads(payload)):
+        try:
+            said = json.loads(payload)
+        except ValueError:
+            self.problems.append(f"{subject}: no JSON")
+            return
+        for error in validator(name).iter_errors(said):
             self.problems.append(f"{subject}: {error.json_path}: {error.message}")
 
 

@@ -16,6 +16,7 @@ from local.system import TOKEN_LIFETIME
 from services.admin.settings import TokenSettings
 from services.admin.tokens import minted_token
 from shared.clock import utc_now
+from tests.contract import overhearing
 from tests.waiting import eventually
 
 JWT_SECRET = "the secret of the end-to-end tests, long enough"
@@ -89,8 +90,12 @@ def exact(text: str) -> Any:
 
 @asynccontextmanager
 async def system(database_url: str, nats_url: str, logs: Path) -> AsyncIterator[System]:
-    """Make a system of which nothing runs yet; whatever is started is stopped at the end, last first."""
+    """Make a system of which nothing runs yet; whatever is started is stopped at the end, last first.
+
+    What its services say on the bus must be what docs/asyncapi.yaml says.
+    """
     async with (
+        overhearing(nats_url),
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as client,
         AsyncExitStack() as stack,
     ):
