@@ -1,4 +1,4 @@
-"""Market simulator: speaks Alpaca's REST protocol (market data, clock, calendar) with prices that are not real.
+"""Market simulator: speaks Alpaca's REST protocol and its real-time streams, with prices that are not real.
 
 Reads nothing but, for a replay, one file of recorded one-minute bars. Writes and publishes nothing. Every answer
 carries the header `X-Market-Simulated: true`. The synthetic market trades around the clock, so that a demo lives at
