@@ -1,7 +1,8 @@
 """The price feeder: on every interval, asks Alpaca for the last trade of every held symbol.
 
 Reads `positions` (which symbols are held) and Alpaca's market data. Writes `asset_prices`. Publishes the changed
-`PriceTick`s after the commit (`prices.v1.>`) and `FeedStatus` on a change (`feed.v1.status`).
+`PriceTick`s after the commit (`prices.v1.>`) and `FeedStatus` on a change (`feed.v1.status`). Answers what symbols cost
+(`feed.v1.prices_requested`), and asks for a user's prices when he wants them now (`feed.v1.refresh_requested`).
 
 The seed's PriceService, and where its methods are here:
 

@@ -3,7 +3,7 @@
 import asyncio
 import gc
 
-from services.price_feeder import answers, calendar, feed, streams
+from services.price_feeder import answers, calendar, feed, refreshes, streams
 from services.price_feeder.feed import Feed
 from services.price_feeder.lease import Lease
 from services.price_feeder.market_data import MarketData
@@ -79,7 +79,19 @@ async def feed_prices(
                 streaming=streaming if settings.price_stream_enabled else None,
                 closed_interval=settings.closed_interval,
             )
-            await feed.run(term, settings.interval, over)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(feed.run(term, settings.interval, over))
+                tasks.create_task(
+                    refreshes.run(
+                        database,
+                        bus,
+                        term.refresh,
+                        lease.holds,
+                        over,
+                        cooldown=settings.refresh_cooldown,
+                        requests_per_minute=settings.alpaca_requests_per_minute,
+                    )
+                )
 
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(answers.run(database, bus, stop))  # a standby answers as well

@@ -8,8 +8,10 @@ from types import MappingProxyType
 import asyncpg
 
 from services.price_feeder.trades import LastTrade
+from shared import refreshes
 from shared.database import Database
 from shared.messages import PriceTick
+from shared.refreshes import Kind
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,14 @@ SET expires_at = '-infinity'
 WHERE name = $1 AND holder = $2 AND term = $3
 """
 
+SYMBOLS_OF_USER = """
+SELECT ticker
+FROM positions
+LEFT JOIN asset_prices ON asset_prices.symbol = positions.ticker
+WHERE user_id = $1 AND shares > 0
+ORDER BY asset_prices.updated_at NULLS FIRST, ticker
+"""
+
 CACHED_PRICES = """
 SELECT symbol, price, traded_at, received_at, feed, sequence, updated_at
 FROM asset_prices
@@ -248,6 +258,18 @@ async def renew_lease(database: Database, term: Term, lasts: timedelta) -> bool:
 async def release_lease(database: Database, term: Term) -> None:
     """End a term, so that another feeder need not wait until it runs out."""
     await database.fetch(RELEASE_LEASE, LEASE, term.holder, term.number)
+
+
+async def grant_refresh(
+    database: Database, user_id: int, requested_at: datetime, cooldown: timedelta
+) -> list[str]:
+    """Count a user's request for prices, and commit; return what he holds, the least recently confirmed first.
+
+    Raises Refused for an unknown or deactivated user, and for a request within `cooldown` of the last one.
+    """
+    async with database.transaction() as connection:
+        await refreshes.grant(connection, Kind.PRICES, user_id, requested_at, cooldown)
+        return [row["ticker"] for row in await connection.fetch(SYMBOLS_OF_USER, user_id)]
 
 
 async def cached_prices(database: Database, symbols: Sequence[str]) -> dict[str, CachedPrice]:

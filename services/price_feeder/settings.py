@@ -100,6 +100,9 @@ class Settings(ServiceSettings):
     alpaca_requests_per_minute: Annotated[int, Field(ge=1, le=100_000)] = Field(
         default=200, description="Requests to Alpaca in any 60 seconds, at most."
     )
+    price_refresh_cooldown_seconds: Annotated[int, Field(ge=0, le=86_400)] = Field(
+        default=30, description="Seconds after which a user may ask for fresh prices again."
+    )
 
     @property
     def interval(self) -> timedelta:
@@ -108,6 +111,10 @@ class Settings(ServiceSettings):
     @property
     def closed_interval(self) -> timedelta:
         return timedelta(seconds=self.price_closed_interval_seconds)
+
+    @property
+    def refresh_cooldown(self) -> timedelta:
+        return timedelta(seconds=self.price_refresh_cooldown_seconds)
 
     @property
     def replay(self) -> timedelta:
