@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -14,6 +14,7 @@ import jwt
 from pydantic import SecretStr
 
 from services.api_gateway import app, auth, charts, queries, replica
+from services.api_gateway.live import Live
 from services.api_gateway.performance import Buckets, MarketDays
 from services.api_gateway.responses import ProblemDetails
 from services.api_gateway.settings import Settings
@@ -62,7 +63,18 @@ class Answer:
 class Gateway:
     port: int
     session: aiohttp.ClientSession
-    news: charts.News = field(default_factory=charts.News)
+    served: app.Served | None = None
+    """What it has heard, unless it is another process."""
+
+    @property
+    def news(self) -> charts.News:
+        assert self.served
+        return self.served.news
+
+    @property
+    def live(self) -> Live:
+        assert self.served
+        return self.served.live
 
     async def ask(self, method: str, path: str, **options: Any) -> Answer:
         url = f"http://127.0.0.1:{self.port}{path}"
@@ -74,30 +86,35 @@ class Gateway:
 
 
 @asynccontextmanager
-async def listening(bus: Bus, news: charts.News) -> AsyncIterator[None]:
-    """Let the news be heard while the block runs; from its first line on."""
+async def kept_up(loaded: Settings, served: app.Served, bus: Bus, *, is_there: bool) -> AsyncIterator[None]:
+    """Let the gateway hear bus and database while the block runs; from its first line on."""
     stop = asyncio.Event()
-    hearing = asyncio.create_task(bus.listen(charts.SUBJECTS, news, stop))
+    keeping_up = asyncio.create_task(app.keep_up(loaded, served, bus, stop))
 
-    async def is_heard() -> bool:
-        return news.are_complete
+    async def hears() -> bool:
+        return served.notifications.are_heard and (served.news.are_complete or not is_there)
 
     try:
-        await eventually(is_heard)
+        await eventually(hears)
         yield
     finally:
         stop.set()
-        await hearing
+        await keeping_up
 
 
 @asynccontextmanager
 async def running(
-    database_url: str, *, bus: Bus | None = None, hours: MarketHours | None = None, **settings: Any
+    database_url: str,
+    *,
+    bus: Bus | None = None,
+    hours: MarketHours | None = None,
+    hears: bool = True,
+    **settings: Any,
 ) -> AsyncIterator[Gateway]:
     """Run a gateway; `settings` go on top of the defaults and a shared secret.
 
     Without a bus it keeps no chart, so that a test may write to the database and ask at once. Without `hours`
-    the market is open, whenever the test runs.
+    the market is open, whenever the test runs. Unless it `hears`, nobody need be there to be heard.
     """
     keeping = {} if bus else {"gateway_chart_cache_megabytes": 0}
     trust = {} if "jwt_jwks_url" in settings else {"jwt_secret": SecretStr(SECRET)}
@@ -107,7 +124,7 @@ async def running(
         gateway_port=0,
         **{**trust, **keeping, **settings},
     )
-    news = charts.News()
+    used_bus = bus or Bus("nats://127.0.0.1:9", name="tests")  # which is not entered, and never connects
     async with (
         databases.connect(
             database_url,
@@ -120,12 +137,15 @@ async def running(
         auth.verifier(loaded) as verifier,
         replica.reading(loaded, database) as source,
         app.serving(
-            loaded, source, verifier, _checks(database, source), news, calendar=Calendar(hours or open_now())
-        ) as port,
+            loaded,
+            app.Resources(
+                source, verifier, used_bus, Calendar(hours or open_now()), _checks(database, source)
+            ),
+        ) as served,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session,
-        listening(bus, news) if bus else nullcontext(),
+        kept_up(loaded, served, used_bus, is_there=bus is not None) if hears else nullcontext(),
     ):
-        yield Gateway(port, session, news)
+        yield Gateway(served.port, session, served)
 
 
 def _checks(database: Database, source: Database | replica.Reads) -> Mapping[str, health.Check]:

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from services.api_gateway import app, auth, charts, queries, replica
+from services.api_gateway import app, auth, queries, replica
 from services.api_gateway.settings import Settings
 from shared import database as databases
 from shared import health, lifecycle
@@ -33,15 +33,14 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             checks["token_keys"] = verifier.check
         if isinstance(source, replica.Reads):
             checks["read_replica"] = source.check
-        news = charts.News()
         calendar = Calendar()
         async with (
-            health.serving("api_gateway", settings.health_host, settings.health_port, checks),
-            app.serving(settings, source, verifier, checks, news, calendar=calendar),
+            app.serving(settings, app.Resources(source, verifier, bus, calendar, checks)) as served,
+            health.serving("api_gateway", settings.health_host, settings.health_port, served.checks),
             asyncio.TaskGroup() as tasks,
         ):
             tasks.create_task(calendar.keep(database, stop))
-            tasks.create_task(bus.listen(charts.SUBJECTS, news, stop))
+            tasks.create_task(app.keep_up(settings, served, bus, stop))
 
 
 if __name__ == "__main__":

@@ -1,77 +1,115 @@
 """The application: which address is answered by what, on which resources."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from zoneinfo import ZoneInfo
 
 from aiohttp import web
 from prometheus_client import Gauge
 
-from services.api_gateway import connections, openapi, pages, portfolio
+from services.api_gateway import charts, connections, live, openapi, pages, portfolio, refreshes, streams
 from services.api_gateway.auth import Verifier
 from services.api_gateway.charts import Charts, News
 from services.api_gateway.edge import Edge
+from services.api_gateway.live import Live, Notifications
+from services.api_gateway.pace import Pace
 from services.api_gateway.replica import Reads
 from services.api_gateway.settings import Settings
+from shared import database as databases
 from shared import health
+from shared.bus import Bus
 from shared.database import Database
 from shared.market_calendar import Calendar
 
 connections_open = Gauge("gateway_database_connections", "Connections to PostgreSQL, by state", ["state"])
 
 
-def application(
-    settings: Settings,
-    database: Database | Reads,
-    verifier: Verifier,
-    checks: Mapping[str, health.Check],
-    news: News,
-    *,
-    calendar: Calendar,
-) -> web.Application:
-    """Return the application with its routes and resources."""
-    charts = Charts(
+@dataclass(frozen=True)
+class Resources:
+    """What the application stands on, opened by its caller."""
+
+    database: Database | Reads
+    verifier: Verifier
+    bus: Bus
+    calendar: Calendar
+    checks: Mapping[str, health.Check]
+
+
+@dataclass(frozen=True)
+class Served:
+    """The application that is being served, and what it hears of the world."""
+
+    port: int
+    news: News
+    live: Live
+    notifications: Notifications
+    checks: Mapping[str, health.Check]
+
+    def heard(self, subject: str, payload: bytes) -> None:
+        self.news.heard(subject, payload)
+        self.live.heard(subject, payload)
+
+    def interrupted(self) -> None:
+        self.news.interrupted()
+        self.live.interrupted()
+
+    def resumed(self) -> None:
+        self.news.resumed()
+        self.live.resumed()
+
+
+SUBJECTS = tuple(sorted({*charts.SUBJECTS, *live.SUBJECTS}))
+"""What an application is to hear on the bus."""
+
+
+@asynccontextmanager
+async def serving(settings: Settings, resources: Resources) -> AsyncIterator[Served]:
+    """Serve the API while the block runs."""
+    database = resources.database
+    connections_open.labels("in_use").set_function(
+        lambda: database.connections_open - database.connections_idle
+    )
+    connections_open.labels("idle").set_function(lambda: database.connections_idle)
+    news = News()
+    watched = Live(database, resources.calendar)
+    notifications = Notifications(watched)
+    checks = {**resources.checks, "notifications": notifications.check}
+    app = web.Application()
+    app[portfolio.DATABASE] = database
+    app[portfolio.VERIFIER] = resources.verifier
+    app[portfolio.CALENDAR] = resources.calendar
+    app[portfolio.CHARTS] = kept_charts = Charts(
         database,
         ZoneInfo(settings.market_timezone),
         news,
         bytes_max=settings.gateway_chart_cache_megabytes * 1024 * 1024,
         reading_seconds_max=settings.request_timeout_seconds,
     )
-    app = web.Application()
-    app[portfolio.DATABASE] = database
-    app[portfolio.VERIFIER] = verifier
-    app[portfolio.CHARTS] = charts
-    app[portfolio.CALENDAR] = calendar
-    app.on_cleanup.append(lambda _: charts.close())
+    app[streams.LIVE] = watched
+    app[streams.PACE] = Pace()
+    app[streams.BUS] = resources.bus
+    app[refreshes.SECONDS_MAX] = settings.request_timeout_seconds
+    app[streams.ALLOWED_ORIGINS] = frozenset(settings.cors_allowed_origins)
+    app[streams.STREAMS_MAX] = settings.gateway_streams_max
+    app[streams.HEARTBEAT_SECONDS] = settings.stream_heartbeat_seconds
     app.add_routes(
         [
             web.get("/api/portfolio/current", portfolio.current),
             web.get("/api/portfolio/performance", portfolio.chart),
+            web.get("/api/portfolio/stream", streams.stream, allow_head=False),
+            web.post("/api/portfolio/stream-tickets", streams.ticket),
+            web.post("/api/portfolio/snapshots", refreshes.snapshot),
+            web.post("/api/portfolio/refresh-prices", refreshes.prices),
             web.get("/api/openapi.json", openapi.served),
             *health.routes("api_gateway", checks),
             *pages.routes(settings.gateway_page_token),
         ]
     )
-    return app
-
-
-@asynccontextmanager
-async def serving(
-    settings: Settings,
-    database: Database | Reads,
-    verifier: Verifier,
-    checks: Mapping[str, health.Check],
-    news: News,
-    *,
-    calendar: Calendar,
-) -> AsyncIterator[int]:
-    """Serve the API while the block runs, and yield its port."""
-    connections_open.labels("in_use").set_function(
-        lambda: database.connections_open - database.connections_idle
-    )
-    connections_open.labels("idle").set_function(lambda: database.connections_idle)
-    app = application(settings, database, verifier, checks, news, calendar=calendar)
+    app.on_shutdown.append(watched.end)
+    app.on_cleanup.append(lambda _: kept_charts.close())
     edge_around = partial(
         Edge,
         routes=frozenset(resource.canonical for resource in app.router.resources()),
@@ -79,4 +117,20 @@ async def serving(
         allowed_origins=frozenset(settings.cors_allowed_origins),
     )
     async with connections.serving(app, settings.gateway_host, settings.gateway_port, edge_around) as port:
-        yield port
+        yield Served(port, news, watched, notifications, checks)
+
+
+async def keep_up(settings: Settings, served: Served, bus: Bus, stop: asyncio.Event) -> None:
+    """Keep what is served up to date with the bus and the database, until `stop` is set."""
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(bus.listen(SUBJECTS, served, stop))
+        tasks.create_task(
+            databases.listen(
+                settings.database_url.get_secret_value(),
+                live.CHANNEL,
+                served.notifications,
+                stop,
+                application_name="api_gateway_listens",
+            )
+        )
+        tasks.create_task(served.live.run(stop))

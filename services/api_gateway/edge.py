@@ -46,8 +46,8 @@ _SECURITY_HEADERS = CIMultiDict(
 _CONTENT_SECURITY_POLICY = "default-src 'none'; frame-ancestors 'none'"
 """Of every answer that has none of its own."""
 _PREFLIGHT_HEADERS = {
-    "Access-Control-Allow-Methods": "GET",
-    "Access-Control-Allow-Headers": "Authorization, If-None-Match, X-Request-Id",
+    "Access-Control-Allow-Methods": "GET, POST",
+    "Access-Control-Allow-Headers": "Authorization, If-None-Match, Last-Event-ID, X-Request-Id",
     "Access-Control-Max-Age": "600",
 }
 _CORS_EXPOSED = "ETag, X-Request-Id, Retry-After, WWW-Authenticate"

@@ -144,7 +144,12 @@ class Live:
         watched = self._by_subject.get(subject)
         return 0 if watched is None else len(watched.watchers)
 
-    def end(self) -> None:
+    @property
+    def watchers(self) -> int:
+        """How many watch in all."""
+        return sum(len(watched.watchers) for watched in self._by_subject.values())
+
+    async def end(self, _: object) -> None:
         """End all watching, as the gateway stops."""
         for watched in tuple(self._by_subject.values()):
             watched.end("going_away")
@@ -156,7 +161,7 @@ class Live:
         try:
             if quote is not None:
                 tick = PriceTick.model_validate_json(payload)
-                if tick.symbol == quote.symbol and quote.is_newer(tick.sequence, tick.received_at):
+                if tick.symbol == quote.symbol and quote.is_older_than(tick):
                     self._price(quote, tick, tick.received_at)
             elif subject == PRICES_CONFIRMED:
                 self._confirm(PricesConfirmed.model_validate_json(payload))
@@ -317,8 +322,11 @@ class Live:
                 if new:
                     await self._read_prices(new)
             except BaseException:
-                self._read_prices_soon()
+                self._quotes_are_behind = True
                 raise
+            finally:
+                if not self._is_heard or self._quotes_are_behind:
+                    self._wanted.set()
 
     def _read_prices_soon(self) -> None:
         self._quotes_are_behind = True
@@ -337,8 +345,8 @@ class Live:
                 if quote.price is not None and quote.sequence == sequence:
                     quote.drop()
                     self._touch(symbol)
-            elif quote.is_newer(price.sequence, price.received_at):
-                self._price(quote, price, price.confirmed_at)
+            elif quote.sequence == sequence and quote.received_at != price.received_at:
+                self._price(quote, price, price.confirmed_at)  # nothing was heard meanwhile: so it is
             else:
                 self._confirm_quote(quote, price.confirmed_at)
 

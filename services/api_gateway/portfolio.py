@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from aiohttp import web
 
 from services.api_gateway import negotiation, problems, queries
-from services.api_gateway.auth import Verifier
+from services.api_gateway.auth import Identity, Verifier
 from services.api_gateway.charts import Charts
 from services.api_gateway.finished import Finished, Kind
 from services.api_gateway.performance import Timeframe
@@ -44,8 +44,8 @@ _INSTANT = re.compile(
 
 async def current(request: web.Request) -> Finished:
     """Answer `GET /api/portfolio/current`."""
-    subject = await _subject(request)
-    _parameters(request, allowed=())
+    subject = (await identity(request)).subject
+    parameters(request, allowed=())
     now = utc_now()
     moment = market_moment(request.app[CALENDAR].hours, now)
     found = await queries.current_portfolio(request.app[DATABASE], subject, now, moment)
@@ -61,38 +61,38 @@ async def current(request: web.Request) -> Finished:
 
 async def chart(request: web.Request) -> Finished:
     """Answer `GET /api/portfolio/performance`."""
-    subject = await _subject(request)
+    subject = (await identity(request)).subject
     charts, now = request.app[CHARTS], utc_now()
     timeframe = _PLAIN_QUERIES.get(request.rel_url.raw_query_string)
     if timeframe is not None:
         asked = charts.asked(subject, timeframe, None)
     else:
-        parameters = _parameters(request, allowed=(TIMEFRAME_PARAMETER, UNTIL_PARAMETER))
-        asked = charts.asked(subject, _timeframe(parameters), _until(parameters, now))
+        given = parameters(request, allowed=(TIMEFRAME_PARAMETER, UNTIL_PARAMETER))
+        asked = charts.asked(subject, _timeframe(given), _until(given, now))
     answer = charts.kept(asked, now) or await charts.answer(asked, now)
     return answer.response(request.headers)
 
 
-async def _subject(request: web.Request) -> str:
-    identity = await request.app[VERIFIER].identity(request.headers.getall("Authorization", ()))
-    return identity.subject
+async def identity(request: web.Request) -> Identity:
+    """Return who asks; raises Problem without a good token."""
+    return await request.app[VERIFIER].identity(request.headers.getall("Authorization", ()))
 
 
-def _parameters(request: web.Request, *, allowed: tuple[str, ...]) -> dict[str, str]:
+def parameters(request: web.Request, *, allowed: tuple[str, ...]) -> dict[str, str]:
     """Return the query's parameters; one that is unknown or repeated would be ignored silently, so it is refused."""
     if not request.rel_url.raw_query_string:
         return {}
-    parameters: dict[str, str] = {}
+    given: dict[str, str] = {}
     for name, value in request.query.items():
         if name not in allowed:
             known = " and ".join(allowed) or "none"
             raise Problem(
                 UNEXPECTED_PARAMETER, f"A query parameter is unknown; known: {known}.", known=allowed
             )
-        if name in parameters:
+        if name in given:
             raise Problem(UNEXPECTED_PARAMETER, f"{name} is given more than once.", known=allowed)
-        parameters[name] = value
-    return parameters
+        given[name] = value
+    return given
 
 
 def _timeframe(parameters: dict[str, str]) -> Timeframe:

@@ -86,6 +86,15 @@ class Settings(ServiceSettings):
         le=60,
         description="Seconds that the replica may be behind; while it is further behind, reads come from the primary.",
     )
+    gateway_streams_max: int = Field(
+        default=5000, ge=1, le=100_000, description="Portfolio streams that one gateway keeps open, at most."
+    )
+    stream_heartbeat_seconds: float = Field(
+        default=15.0,
+        ge=1,
+        le=300,
+        description="After so many seconds without an event a stream sends a heartbeat.",
+    )
     gateway_chart_cache_megabytes: int = Field(
         default=64, ge=0, le=4096, description="Memory for finished charts; with 0 none is kept."
     )

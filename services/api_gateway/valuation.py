@@ -7,7 +7,7 @@ away from zero, and a position of a trillion dollars or more has none. Tests com
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal
 from functools import lru_cache
 
@@ -19,6 +19,8 @@ from shared.messages import PriceTick
 VALUE_LIMIT = Decimal(10) ** 12
 """A market value from here on is none: no position is worth a trillion dollars."""
 SIMULATED = "simulated"
+NUMBERED_ANEW_AFTER = timedelta(minutes=1)
+"""More than the clocks of two feeders may differ. A symbol's row that was deleted begins anew with its first tick."""
 
 _EXACT = Context(prec=60, rounding=ROUND_HALF_UP)
 """Holds every product of shares (20 digits) and a price (15), and a percentage of amounts with 18."""
@@ -61,14 +63,13 @@ class Quote:
         self.status: PriceStatus | None = None
         self._ending = ""
 
-    def is_newer(self, sequence: int, received_at: datetime) -> bool:
-        """Tell whether a price that was numbered and received so came after this one.
-
-        Numbers begin anew when a symbol's row was deleted; then the time tells.
-        """
-        if self.received_at is None:
-            return True
-        return sequence > self.sequence or (sequence < self.sequence and received_at > self.received_at)
+    def is_older_than(self, tick: PriceTick) -> bool:
+        """Tell whether a tick came after this price: by its number, or much later when numbers have begun anew."""
+        return (
+            self.received_at is None
+            or tick.sequence > self.sequence
+            or tick.received_at - self.received_at > NUMBERED_ANEW_AFTER
+        )
 
     def take(self, tick: PriceTick, confirmed_at: datetime) -> None:
         """Take another price; `see` it then, so that its status is known."""

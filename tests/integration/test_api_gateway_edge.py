@@ -77,7 +77,7 @@ async def test_served_document_is_the_committed_one(gateway: Gateway) -> None:
 async def test_health_needs_no_token(gateway: Gateway) -> None:
     Health.model_validate_json((await gateway.get("/healthz", None)).text)
     ready = await gateway.get("/readyz", None)
-    assert (ready.status, ready.json()["checks"]) == (200, {"postgres": "ok"})
+    assert (ready.status, ready.json()["checks"]) == (200, {"postgres": "ok", "notifications": "ok"})
 
 
 async def test_unexpected_failure_shows_nothing_of_itself(
@@ -192,7 +192,7 @@ async def test_preflight_of_an_allowed_origin_is_answered(gateway: Gateway) -> N
     answer = await gateway.ask("OPTIONS", CURRENT, headers=asked)
     assert (answer.status, answer.text) == (204, "")
     assert answer.headers["Access-Control-Allow-Origin"] == APP
-    assert answer.headers["Access-Control-Allow-Methods"] == "GET"
+    assert answer.headers["Access-Control-Allow-Methods"] == "GET, POST"
     assert "Authorization" in answer.headers["Access-Control-Allow-Headers"]
     refused = await gateway.ask("OPTIONS", CURRENT, headers=asked | {"Origin": "https://evil.example"})
     assert refused.status == 405

@@ -162,7 +162,7 @@ async def test_killed_database_recovers_and_so_does_the_gateway(
 
 
 async def test_database_that_is_not_there_gives_503_at_once() -> None:
-    async with running("postgresql://nobody:secret@127.0.0.1:9/none") as gateway:
+    async with running("postgresql://nobody:secret@127.0.0.1:9/none", hears=False) as gateway:
         started = time.monotonic()
         answer = await gateway.get(CURRENT)
         assert time.monotonic() - started < 2

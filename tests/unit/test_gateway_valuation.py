@@ -181,13 +181,17 @@ def test_one_stale_price_makes_the_portfolio_not_fresh_and_closed_ones_do_not() 
 
 @pytest.mark.parametrize(
     ("sequence", "seconds", "newer"),
-    [(6, -5, True), (5, 60, False), (4, -5, False), (1, 60, True)],  # the last: the row was made anew
+    [(6, -5, True), (5, 60, False), (4, 60, False), (1, 61, True)],  # the last: the row was made anew
 )
 def test_a_price_is_newer_by_its_number_and_by_time_when_numbers_began_anew(
     sequence: int, seconds: int, *, newer: bool
 ) -> None:
     held = quote("A", "1.00", sequence=5)
-    assert held.is_newer(sequence, NOON + timedelta(seconds=seconds)) is newer
+    at = NOON + timedelta(seconds=seconds)
+    tick = PriceTick(
+        symbol="A", price=Decimal(2), traded_at=NOON, received_at=at, feed="iex", sequence=sequence
+    )
+    assert held.is_older_than(tick) is newer
 
 
 @given(

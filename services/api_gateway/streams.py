@@ -1,0 +1,79 @@
+"""The handlers of the portfolio stream and of its tickets."""
+
+from urllib.parse import urlsplit
+
+import orjson
+from aiohttp import hdrs, web
+
+from services.api_gateway import portfolio, problems, tickets
+from services.api_gateway.auth import Identity
+from services.api_gateway.clients import Client, EventStream, SocketStream
+from services.api_gateway.live import Live
+from services.api_gateway.pace import Pace
+from services.api_gateway.problems import Problem
+from services.api_gateway.valuation import instant_text
+from shared.bus import Bus
+from shared.clock import utc_now
+
+STREAMS_PER_USER_MAX = 20
+TICKET_PARAMETER, LAST_EVENT_ID_PARAMETER = "ticket", "last_event_id"
+
+LIVE = web.AppKey("LIVE", Live)
+PACE = web.AppKey("PACE", Pace)
+BUS = web.AppKey("BUS", Bus)
+ALLOWED_ORIGINS: web.AppKey[frozenset[str]] = web.AppKey("ALLOWED_ORIGINS")
+STREAMS_MAX = web.AppKey("STREAMS_MAX", int)
+HEARTBEAT_SECONDS = web.AppKey("HEARTBEAT_SECONDS", float)
+
+
+async def ticket(request: web.Request) -> web.Response:
+    """Answer `POST /api/portfolio/stream-tickets`."""
+    identity = await portfolio.identity(request)
+    portfolio.parameters(request, allowed=())
+    issued, expires_at = await tickets.issued(request.app[BUS], identity, utc_now())
+    body = orjson.dumps({"ticket": issued, "expires_at": instant_text(expires_at)})
+    return web.Response(status=201, body=body, headers={"Content-Type": "application/json"})
+
+
+async def stream(request: web.Request) -> web.StreamResponse:
+    """Answer `GET /api/portfolio/stream`, with an upgrade to WebSocket when that is asked for."""
+    _check_origin(request)
+    parameters = portfolio.parameters(request, allowed=(TICKET_PARAMETER, LAST_EVENT_ID_PARAMETER))
+    identity = await _identity(request, parameters)
+    live = request.app[LIVE]
+    if live.watchers_of(identity.subject) >= STREAMS_PER_USER_MAX:
+        raise Problem(problems.TOO_MANY_STREAMS, f"A user may have {STREAMS_PER_USER_MAX} streams at once.")
+    if live.watchers >= request.app[STREAMS_MAX]:
+        raise Problem(problems.OVERLOADED, "There are too many streams. Try again soon.")
+    watched = await live.watch(identity.subject)
+    client = Client(
+        watched,
+        request.app[PACE],
+        expires_at=identity.expires_at,
+        heartbeat_seconds=request.app[HEARTBEAT_SECONDS],
+        last_event_id=request.headers.get("Last-Event-ID") or parameters.get(LAST_EVENT_ID_PARAMETER, ""),
+    )
+    if request.headers.get(hdrs.UPGRADE, "").lower() == "websocket":
+        socket_stream = SocketStream(live, client)
+        if not socket_stream.can_prepare(request):
+            raise Problem(problems.MALFORMED_REQUEST, "The WebSocket handshake is not complete.")
+        return socket_stream
+    return EventStream(live, client)
+
+
+async def _identity(request: web.Request, parameters: dict[str, str]) -> Identity:
+    given = parameters.get(TICKET_PARAMETER)
+    if given is None:
+        return await portfolio.identity(request)
+    if hdrs.AUTHORIZATION in request.headers:
+        raise Problem(problems.TICKET_INVALID, "Send a ticket or an Authorization header, not both.")
+    return await tickets.redeemed(request.app[BUS], given, utc_now())
+
+
+def _check_origin(request: web.Request) -> None:
+    """Refuse pages of other origins: a browser lets them open a WebSocket anywhere, and says whose they are."""
+    origin = request.headers.get(hdrs.ORIGIN)
+    if origin is None or origin in request.app[ALLOWED_ORIGINS]:
+        return
+    if urlsplit(origin).netloc.lower() != request.headers.get(hdrs.HOST, "").lower():
+        raise Problem(problems.ORIGIN_NOT_ALLOWED, "CORS_ALLOWED_ORIGINS names the origins that may.")

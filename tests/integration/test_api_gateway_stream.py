@@ -1,0 +1,509 @@
+"""The portfolio stream: what it shows, how often, to whom, and when it ends."""
+
+import asyncio
+import hashlib
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from datetime import timedelta
+from decimal import Decimal
+from itertools import pairwise
+from typing import Any
+
+import aiohttp
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examined
+from hypothesis import strategies as st
+from prometheus_client import REGISTRY
+
+from shared.bus import Bus, Outgoing
+from shared.clock import utc_now
+from shared.database import Database
+from shared.messages import (
+    PRICES_CONFIRMED,
+    TICKETS,
+    PricesConfirmed,
+    PriceTick,
+    StreamTicket,
+    price_subject,
+    ticket_subject,
+)
+from tests.factories import create_user, set_position, set_price
+from tests.gateway import Gateway, bearer, running, token
+from tests.market import closed_now
+from tests.streams import PATH, sse, trade, websocket
+from tests.waiting import eventually
+
+CURRENT = "/api/portfolio/current"
+TICKETS_PATH = "/api/portfolio/stream-tickets"
+
+
+@pytest.fixture
+async def gateway(database_url: str, bus: Bus) -> AsyncIterator[Gateway]:
+    async with running(database_url, bus=bus) as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+async def demo(database: Database) -> int:
+    """The user of the seed's example, and a second position."""
+    await set_price(database, "AAPL", "175.00")
+    await set_price(database, "IBM", "100.00")
+    positions = {"AAPL": ("100", "15000.00"), "IBM": ("2.5", "0.00")}
+    return await create_user(database, "demo", cash="5000.50", positions=positions)
+
+
+async def current(gateway: Gateway) -> Any:
+    answer = await gateway.get(CURRENT)
+    assert answer.status == 200
+    return answer.json()
+
+
+async def test_stream_begins_with_the_whole_portfolio_as_current_answers(gateway: Gateway) -> None:
+    async with sse(gateway) as stream:
+        first = await stream.next()
+        assert first.name == "portfolio"
+        assert first.data == await current(gateway)
+        assert first.data["total_value"] == Decimal("22750.50")  # 17,500 + 250 + 5,000.50
+
+
+async def test_a_tick_changes_totals_and_the_position_alone(
+    gateway: Gateway, database: Database, bus: Bus
+) -> None:
+    async with sse(gateway) as stream:
+        await stream.next("portfolio")
+        await trade(database, bus, "AAPL", "175.0100")
+        change = await stream.next("change")
+        assert [position["ticker"] for position in change.data["positions"]] == ["AAPL"]
+        assert change.data["total_value"] == Decimal("22751.50")
+        assert stream.shown == await current(gateway)
+
+
+async def test_positions_and_cash_reach_the_stream_within_a_second(
+    gateway: Gateway, demo: int, database: Database
+) -> None:
+    async with sse(gateway) as stream:
+        await stream.next("portfolio")
+        for change in (
+            database.fetch("UPDATE users SET cash_balance = 1.00 WHERE id = $1", demo),
+            set_position(database, demo, "MSFT", "1"),  # which has no price
+            set_position(database, demo, "AAPL", "50", "7500.00"),
+            database.fetch("DELETE FROM positions WHERE ticker = 'IBM'"),
+        ):
+            began = time.monotonic()
+            await change
+            await stream.next("portfolio")
+            assert time.monotonic() - began < 1
+            assert stream.shown == await current(gateway)
+        assert [position["reason"] for position in stream.shown["unpriced"]] == ["no_price"]
+        assert stream.shown["total_value"] == Decimal("8751.00")
+
+
+async def test_a_symbol_that_is_held_from_now_on_is_heard(
+    gateway: Gateway, demo: int, database: Database, bus: Bus
+) -> None:
+    async with sse(gateway) as stream:
+        await stream.next("portfolio")
+        await set_position(database, demo, "BTC/USD", "0.5", "1000.00")
+        await stream.until(lambda shown: bool(shown["unpriced"]))
+        await trade(database, bus, "BTC/USD", "96000.5000", feed="us")
+        await stream.until(lambda shown: not shown["unpriced"])
+        await trade(database, bus, "BTC/USD", "96000.7000", feed="us")
+        await stream.until(lambda shown: shown["positions"][1]["current_value"] == Decimal("48000.35"))
+        assert stream.shown == await current(gateway)
+
+
+async def test_a_client_gets_at_most_four_events_a_second(
+    gateway: Gateway, database: Database, bus: Bus
+) -> None:
+    async def trade_on() -> None:
+        for cents in range(100):
+            await trade(database, bus, "AAPL", f"175.{cents:02}")
+
+    arrivals = []
+    async with sse(gateway) as stream:
+        trading = asyncio.create_task(trade_on())
+        while not (stream.shown and stream.shown["positions"][0]["price_per_share"] == Decimal("175.99")):
+            await stream.next("portfolio", "change")
+            arrivals.append(time.monotonic())
+        await trading
+        assert stream.shown == await current(gateway)
+    assert all(later - earlier > 0.2 for earlier, later in pairwise(arrivals[1:]))
+    seconds = arrivals[-1] - arrivals[0]
+    assert len(arrivals) <= 2 + 4 * seconds
+
+
+async def test_an_older_tick_does_not_go_back_in_time(gateway: Gateway, database: Database, bus: Bus) -> None:
+    async with sse(gateway) as stream:
+        await stream.next("portfolio")
+        await trade(database, bus, "AAPL", "176.00")
+        await stream.next("change")
+        row = await database.fetch_row("SELECT * FROM asset_prices WHERE symbol = 'AAPL'")
+        assert row is not None
+        old = dict(row) | {"price": Decimal("170.0000"), "sequence": 1}
+        del old["updated_at"]
+        await bus.publish(Outgoing(price_subject("AAPL"), PriceTick(**old)))
+        await trade(database, bus, "IBM", "101.00")
+        change = await stream.next("change")
+        assert [position["ticker"] for position in change.data["positions"]] == ["IBM"]
+
+
+async def test_statuses_follow_confirmations_and_their_absence(
+    gateway: Gateway, database: Database, bus: Bus
+) -> None:
+    await set_price(database, "AAPL", "175.00", age=timedelta(minutes=4, seconds=59))
+    async with sse(gateway) as stream:
+        await stream.until(lambda shown: shown["positions"][0]["price_status"] == "stale")
+        assert stream.shown == await current(gateway)
+        assert stream.shown["price_fresh"] is False
+        now = utc_now()
+        await database.fetch("UPDATE asset_prices SET updated_at = $1", now)
+        await bus.publish(
+            Outgoing(PRICES_CONFIRMED, PricesConfirmed(confirmed_at=now, symbols=("AAPL", "IBM")))
+        )
+        await stream.until(lambda shown: shown["price_fresh"] is True)
+        assert stream.shown == await current(gateway)
+
+
+async def test_outside_the_session_prices_are_closed(database_url: str, bus: Bus) -> None:
+    async with running(database_url, bus=bus, hours=closed_now()) as gateway, sse(gateway) as stream:
+        first = await stream.next("portfolio")
+        assert first.data["market"]["is_open"] is False
+        assert {position["price_status"] for position in first.data["positions"]} == {"closed"}
+        assert first.data == await current(gateway)
+
+
+# ---- beginning and resuming ----------------------------------------------------------------------
+
+
+async def test_resuming_gives_what_was_missed_and_no_more(
+    gateway: Gateway, database: Database, bus: Bus
+) -> None:
+    async with sse(gateway) as stream:
+        seen = await stream.next("portfolio")
+    await trade(database, bus, "IBM", "110.00")
+    async with sse(gateway) as other:
+        await other.until(lambda shown: shown["positions"][1]["price_per_share"] == Decimal("110.00"))
+    async with sse(gateway, Last_Event_ID=seen.id) as resumed:
+        event = await resumed.next("portfolio", "change")
+        assert event.name == "change"
+        assert [position["ticker"] for position in event.data["positions"]] == ["IBM"]
+    async with sse(gateway, query=f"?last_event_id={event.id}") as resumed:
+        assert (await resumed.next()).name == "heartbeat"  # nothing was missed
+
+
+@pytest.mark.parametrize("last_event_id", ["0123456789ab.1", "nonsense", "0123456789ab.99999999999999999"])
+async def test_an_unknown_event_id_begins_anew(gateway: Gateway, last_event_id: str) -> None:
+    async with sse(gateway, Last_Event_ID=last_event_id) as stream:
+        assert (await stream.next()).name == "portfolio"
+
+
+async def test_changed_holdings_begin_anew_for_who_resumes(gateway: Gateway, database: Database) -> None:
+    async with sse(gateway) as stream:
+        seen = await stream.next("portfolio")
+    await database.fetch("DELETE FROM positions WHERE ticker = 'IBM'")
+    async with sse(gateway, Last_Event_ID=seen.id) as resumed:
+        await resumed.until(lambda shown: len(shown["positions"]) == 1)
+        assert resumed.events[0].name in ("portfolio", "heartbeat")  # the notification may come after
+
+
+async def test_heartbeats_come_when_nothing_else_does(database_url: str, bus: Bus) -> None:
+    async with running(database_url, bus=bus, stream_heartbeat_seconds=1) as gateway, sse(gateway) as stream:
+        beat = await stream.next("heartbeat")
+        assert (beat.id, beat.data["price_fresh"]) == ("", True)
+        assert beat.data["last_updated"] == stream.shown["last_updated"]
+
+
+# ---- who may, and for how long -------------------------------------------------------------------
+
+
+async def ticket(gateway: Gateway, subject: str = "demo") -> str:
+    answer = await gateway.ask("POST", TICKETS_PATH, headers=bearer(subject))
+    assert answer.status == 201
+    issued: str = answer.json()["ticket"]
+    return issued
+
+
+async def test_a_ticket_opens_one_stream_of_its_user_and_no_second(gateway: Gateway) -> None:
+    issued = await ticket(gateway)
+    async with sse(gateway, None, query=f"?ticket={issued}") as stream:
+        assert (await stream.next()).data["total_value"] == Decimal("22750.50")
+    again = await gateway.ask("GET", f"{PATH}?ticket={issued}")
+    assert (again.status, again.problem().type) == (401, "urn:foliotick:problem:ticket-invalid")
+
+
+async def test_of_many_gateways_one_lets_a_ticket_in(database_url: str, bus: Bus, gateway: Gateway) -> None:
+    async with running(database_url, bus=bus) as other:
+        for _ in range(5):
+            issued = await ticket(gateway)
+
+            async def opened(by: Gateway, issued: str = issued) -> int:
+                url = f"http://127.0.0.1:{by.port}{PATH}?ticket={issued}"
+                async with by.session.get(url) as response:
+                    return response.status
+
+            statuses = await asyncio.gather(*(opened(by) for by in (gateway, other, gateway, other)))
+            assert sorted(statuses) == [200, 401, 401, 401]
+
+
+async def test_an_old_ticket_is_refused(gateway: Gateway, bus: Bus) -> None:
+    old = "x" * 43
+    now = utc_now()
+    message = StreamTicket(subject="demo", ticket_expires_at=now, token_expires_at=now + timedelta(hours=1))
+    await bus.put(TICKETS, ticket_subject(hashlib.sha256(old.encode()).hexdigest()), message)
+    assert (await gateway.ask("GET", f"{PATH}?ticket={old}")).status == 401
+
+
+@pytest.mark.parametrize("given_ticket", ["", "short", "x" * 43, "x" * 4000, "%00", "*", "../.."])
+async def test_nonsense_is_no_ticket(gateway: Gateway, given_ticket: str) -> None:
+    assert (await gateway.ask("GET", f"{PATH}?ticket={given_ticket}")).status == 401
+
+
+async def test_a_token_is_needed_and_one_credential_is_enough(gateway: Gateway) -> None:
+    assert (await gateway.ask("GET", PATH)).status == 401
+    assert (await gateway.ask("POST", TICKETS_PATH)).status == 401
+    issued = await ticket(gateway)
+    assert (await gateway.ask("GET", f"{PATH}?ticket={issued}", headers=bearer())).status == 401
+
+
+async def test_users_without_a_portfolio_are_refused(gateway: Gateway, database: Database) -> None:
+    await create_user(database, "gone", active=False)
+    assert (await gateway.get(PATH, "gone")).status == 403
+    assert (await gateway.get(PATH, "stranger")).status == 404
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("https://app.example.com", 200),
+        ("http://127.0.0.1:{port}", 200),
+        ("https://evil.example.com", 403),
+        ("http://127.0.0.1:1", 403),
+        ("null", 403),
+    ],
+)
+async def test_pages_of_other_origins_are_refused(
+    database_url: str, bus: Bus, origin: str, status: int
+) -> None:
+    async with running(database_url, bus=bus, cors_allowed_origins=("https://app.example.com",)) as gateway:
+        headers = bearer() | {"Origin": origin.format(port=gateway.port)}
+        async with gateway.session.get(f"http://127.0.0.1:{gateway.port}{PATH}", headers=headers) as response:
+            assert response.status == status
+        if status == 403:
+            with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                await gateway.session.ws_connect(f"http://127.0.0.1:{gateway.port}{PATH}", headers=headers)
+            assert refused.value.status == 403
+
+
+async def test_the_stream_ends_with_its_token(gateway: Gateway) -> None:
+    async with sse(gateway, None, Authorization=f"Bearer {token('demo', expires_in=2)}") as stream:
+        end = await stream.next("end")
+        assert end.data == {"reason": "token_expired"}
+        with pytest.raises(ConnectionResetError):
+            await stream.next()
+
+
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        ("UPDATE users SET is_active = FALSE", "user_deactivated"),
+        ("DELETE FROM users", "user_unknown"),
+    ],
+)
+async def test_the_stream_ends_with_its_user(
+    gateway: Gateway, database: Database, statement: str, reason: str
+) -> None:
+    async with sse(gateway) as stream, websocket(gateway) as (other, _):
+        await stream.next("portfolio")
+        await other.next("portfolio")
+        await database.fetch(statement)
+        assert (await stream.next("end")).data == {"reason": reason}
+        assert (await other.next("end")).data == {"reason": reason}
+
+
+async def test_a_stopping_gateway_says_so(database_url: str, bus: Bus) -> None:
+    async with aiohttp.ClientSession() as session:
+        async with running(database_url, bus=bus) as gateway:
+            outlasting = Gateway(gateway.port, session, gateway.served)
+            opening = sse(outlasting)
+            stream = await opening.__aenter__()
+            await stream.next("portfolio")
+        assert (await stream.next("end")).data == {"reason": "going_away"}
+        await opening.__aexit__(None, None, None)
+
+
+async def test_a_user_has_a_bounded_number_of_streams(gateway: Gateway) -> None:
+    async with AsyncExitStack() as stack:
+        for _ in range(20):
+            await (await stack.enter_async_context(sse(gateway))).next()
+        refused = await gateway.get(PATH)
+        assert (refused.status, refused.headers["Retry-After"]) == (429, "2")
+
+
+async def test_a_gateway_has_a_bounded_number_of_streams(database_url: str, bus: Bus) -> None:
+    async with running(database_url, bus=bus, gateway_streams_max=1) as gateway, sse(gateway) as stream:
+        await stream.next()
+        assert (await gateway.get(PATH)).status == 503
+
+
+# ---- WebSocket -----------------------------------------------------------------------------------
+
+
+async def test_websocket_shows_the_same(gateway: Gateway, demo: int, database: Database, bus: Bus) -> None:
+    async with sse(gateway) as stream, websocket(gateway) as (other, _):
+        first, second = await stream.next(), await other.next()
+        assert (first.name, first.id, first.data) == (second.name, second.id, second.data)
+        for number in range(40):  # so that the frame's length needs two bytes, and more
+            await set_position(database, demo, f"S{number}", "1")
+        await other.until(lambda shown: len(shown["unpriced"]) == 40)
+        await trade(database, bus, "AAPL", "180.00")
+        changed = await other.next("change")
+        assert changed.data["total_value"] == Decimal("23250.50")
+
+
+async def test_a_large_portfolio_fits_into_a_frame(gateway: Gateway, demo: int, database: Database) -> None:
+    await database.fetch(
+        "INSERT INTO positions SELECT $1, 'S' || n, 1, 0 FROM generate_series(1, 1000) AS n", demo
+    )
+    async with websocket(gateway) as (stream, _):
+        first = await stream.next("portfolio")
+        assert len(first.data["unpriced"]) == 1000
+        assert first.data == await current(gateway)
+
+
+@pytest.mark.parametrize("said", ["hello", b"\x00", "x" * 5000])
+async def test_a_websocket_client_that_says_something_is_shown_out(
+    gateway: Gateway, said: str | bytes
+) -> None:
+    async with websocket(gateway) as (stream, connection):
+        await stream.next()
+        await (connection.send_str(said) if isinstance(said, str) else connection.send_bytes(said))
+        message = await connection.receive(timeout=5)
+        assert message.type is aiohttp.WSMsgType.CLOSE
+        assert message.data in (aiohttp.WSCloseCode.UNSUPPORTED_DATA, aiohttp.WSCloseCode.MESSAGE_TOO_BIG)
+
+
+async def test_a_websocket_ends_with_its_token_and_says_why(gateway: Gateway) -> None:
+    headers = {"Authorization": f"Bearer {token('demo', expires_in=2)}"}
+    async with gateway.session.ws_connect(
+        f"http://127.0.0.1:{gateway.port}{PATH}", headers=headers
+    ) as connection:
+        while (message := await connection.receive(timeout=5)).type is aiohttp.WSMsgType.TEXT:
+            last = message
+        assert '"token_expired"' in last.data
+        assert connection.close_code == 4401
+
+
+# ---- bad clients and bad days --------------------------------------------------------------------
+
+
+async def test_an_old_client_gets_the_events_as_they_are(gateway: Gateway) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(f"GET {PATH} HTTP/1.0\r\nAuthorization: Bearer {token('demo')}\r\n\r\n".encode())
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert b"chunked" not in head.lower()
+    assert await reader.readuntil(b"\n\n") == b"retry: 2000\n\n"
+    assert (await reader.readuntil(b"\n\n")).startswith(b"event: portfolio\nid: ")
+    writer.close()
+
+
+async def test_a_client_that_does_not_read_is_held_back_and_nobody_else(
+    gateway: Gateway, demo: int, database: Database, bus: Bus
+) -> None:
+    await database.fetch(
+        "INSERT INTO positions SELECT $1, 'S' || n, 1, 0 FROM generate_series(1, 1000) AS n", demo
+    )
+
+    def held_back() -> float:
+        return REGISTRY.get_sample_value("gateway_stream_held_back_total") or 0
+
+    before = held_back()
+    lazy = socket.socket()
+    lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    lazy.connect(("127.0.0.1", gateway.port))
+    lazy.sendall(f"GET {PATH} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token('demo')}\r\n\r\n".encode())
+    async with sse(gateway) as stream:
+        await stream.next("portfolio")
+        for cents in range(100):
+            await trade(database, bus, "AAPL", f"175.{cents:02}")
+            await set_position(database, demo, "IBM", f"{cents + 1}")
+            if held_back() > before:
+                break
+        await stream.until(
+            lambda shown: shown["positions"][0]["price_per_share"] == Decimal("175") + Decimal(cents) / 100
+        )
+
+        async def is_held_back() -> bool:
+            return held_back() > before
+
+        await eventually(is_held_back)
+    lazy.close()
+
+
+async def test_a_client_that_leaves_is_forgotten(gateway: Gateway) -> None:
+    async with sse(gateway) as stream:
+        await stream.next()
+        assert gateway.live.watchers == 1
+
+    async def is_alone() -> bool:
+        return gateway.live.watchers == 0
+
+    await eventually(is_alone)
+
+
+async def test_without_the_bus_prices_are_read_from_the_database(
+    database_url: str, database: Database
+) -> None:
+    async with running(database_url) as gateway, sse(gateway) as stream:
+        await stream.next("portfolio")
+        await trade(database, None, "AAPL", "180.00")
+        await stream.next("change")
+        assert stream.shown == await current(gateway)
+        refused = await gateway.ask("POST", TICKETS_PATH, headers=bearer())
+        assert (refused.status, refused.problem().type) == (503, "urn:foliotick:problem:tickets-unavailable")
+
+
+async def test_changes_made_while_notifications_were_not_heard_are_found(
+    gateway: Gateway, database: Database
+) -> None:
+    async with sse(gateway) as stream:
+        await stream.next("portfolio")
+        async with database.transaction() as connection:
+            await connection.execute("UPDATE users SET cash_balance = 1.00")
+            await connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'api_gateway_listens'"
+            )
+        await stream.until(lambda shown: shown["cash_balance"] == Decimal("1.00"))
+
+
+# ---- exactness -----------------------------------------------------------------------------------
+
+SHARES = st.decimals("0.000000001", 99_999, places=9)
+PRICES = st.decimals("0.0001", 99_999_999, places=4)
+MONEY = st.decimals(0, 10**12, places=2)
+
+
+@examined(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cash=MONEY, held=st.lists(st.tuples(SHARES, MONEY, PRICES, PRICES), min_size=1, max_size=12))
+async def test_the_stream_equals_current_to_the_cent(
+    gateway: Gateway,
+    database: Database,
+    bus: Bus,
+    cash: Decimal,
+    held: list[tuple[Decimal, Decimal, Decimal, Decimal]],
+) -> None:
+    await database.fetch("DELETE FROM users")
+    example = await create_user(database, "demo", cash=str(cash))
+    for number, (shares, cost, price, _) in enumerate(held):
+        await set_price(database, f"T{example}.{number}", str(price))  # before anybody could hear its tick
+        await set_position(database, example, f"T{example}.{number}", str(shares), str(cost))
+    async with sse(gateway) as stream:
+        first = await stream.next("portfolio")
+        assert first.data == await current(gateway)
+        for number, (_, _, _, price) in enumerate(held):
+            await trade(database, bus, f"T{example}.{number}", str(price))
+        expected = await current(gateway)
+        shown = await stream.until(lambda shown: shown == expected)
+        assert shown == await current(gateway)
