@@ -19,7 +19,7 @@ from services.price_feeder.transport import DaemonThreads, Door, Pause
 from shared import clock, logs
 from shared.database import Database, DatabaseUnavailable, SchemaMissing
 from shared.market_calendar import market_date, store_days
-from shared.market_hours import NEW_YORK, Session, is_on_day
+from shared.market_hours import NEW_YORK, MarketHours, Session, is_on_day
 
 DAYS_BACK, DAYS_AHEAD = 14, 60
 REFRESH_SECONDS = 4 * 3600.0
@@ -158,7 +158,11 @@ async def _refresh(database: Database, calendar_source: CalendarSource, now: dat
         changed = await store_days(database, days)
     except (MarketDataError, DatabaseUnavailable, SchemaMissing) as error:
         return str(error)
-    log.info("market_calendar_stored", **_counts(days), changed=[day.isoformat() for day in changed])
+    rules = MarketHours()
+    unlike_the_rules = [day.isoformat() for day, session in days.items() if session != rules.session_on(day)]
+    log.info(
+        "market_calendar_stored", **_counts(days), changed=len(changed), unlike_the_rules=unlike_the_rules
+    )
     return ""
 
 
