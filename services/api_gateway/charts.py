@@ -21,9 +21,15 @@ from services.api_gateway.negotiation import Representation, Stem
 from services.api_gateway.performance import Buckets, MarketDays, Timeframe
 from services.api_gateway.queries import Source
 from shared import logs
-from shared.messages import ALL_PRICES, SNAPSHOTS_TAKEN, SnapshotsTaken
+from shared.messages import (
+    ALL_PRICES,
+    REQUESTED_SNAPSHOT_TAKEN,
+    SNAPSHOTS_TAKEN,
+    SnapshotsTaken,
+    SnapshotTaken,
+)
 
-SUBJECTS = (ALL_PRICES, SNAPSHOTS_TAKEN)
+SUBJECTS = (ALL_PRICES, SNAPSHOTS_TAKEN, REQUESTED_SNAPSHOT_TAKEN)
 """What `News` is to hear."""
 
 ANSWER_SECONDS_MAX = 1.0
@@ -37,6 +43,8 @@ IMMUTABLE_AGE = timedelta(hours=24)
 DIVISIONS_MAX = 16
 """Numbers of shards that are told apart; there are two when the number is being changed."""
 SHARDS_MAX = 1024
+REQUESTED_MAX = 4096
+"""Users whose requested snapshots are told apart; what the others have kept from before is read again."""
 
 CHARTS_MAX = 20_000
 """Kept at most, however small they are; with the users' subjects about 20 MB beside their bytes."""
@@ -87,11 +95,14 @@ class News:
         """Every message is heard. Else only age tells whether something is still true."""
         self._forgotten_at = 0  # the announcement before which nothing is known
         self._announced: dict[int, dict[int, int]] = {}  # shards: shard: announcement
+        self._requested: OrderedDict[int, int] = OrderedDict()  # user: announcement, the oldest first
 
     def heard(self, subject: str, payload: bytes) -> None:
         self.changes += 1
         if subject == SNAPSHOTS_TAKEN:
             self._hear_snapshots(payload)
+        elif subject == REQUESTED_SNAPSHOT_TAKEN:
+            self._hear_requested(payload)
 
     def interrupted(self) -> None:
         self.are_complete = False
@@ -105,15 +116,36 @@ class News:
         """Tell whether snapshots of the user may have been taken since that announcement."""
         if announcement == self.announcements:
             return False
-        return announcement < self._forgotten_at or any(
-            announced.get(user_id % shards, 0) > announcement for shards, announced in self._announced.items()
+        return (
+            announcement < self._forgotten_at
+            or self._requested.get(user_id, 0) > announcement
+            or any(
+                announced.get(user_id % shards, 0) > announcement
+                for shards, announced in self._announced.items()
+            )
         )
+
+    def has_requested(self, user_id: int) -> None:
+        """Learn that a snapshot of one user is committed. To learn it twice is harmless."""
+        self.changes += 1
+        self._announce()
+        self._requested[user_id] = self.announcements
+        self._requested.move_to_end(user_id)
+        if len(self._requested) > REQUESTED_MAX:
+            _, self._forgotten_at = self._requested.popitem(last=False)
+
+    def _hear_requested(self, payload: bytes) -> None:
+        try:
+            self.has_requested(SnapshotTaken.model_validate_json(payload).user_id)
+        except ValidationError as error:
+            _say_malformed(error, payload)
+            self._forget()
 
     def _hear_snapshots(self, payload: bytes) -> None:
         try:
             taken = SnapshotsTaken.model_validate_json(payload)
         except ValidationError as error:
-            log.warning("announcement_malformed", reason=str(error.errors()[0]["msg"]), size=len(payload))
+            _say_malformed(error, payload)
             self._forget()
             return
         is_division_new = taken.shards not in self._announced
@@ -131,10 +163,15 @@ class News:
         self._announce()
         self._forgotten_at = self.announcements
         self._announced.clear()
+        self._requested.clear()
 
     def _announce(self) -> None:
         self.announcements += 1
         self.announced_at = time.monotonic()
+
+
+def _say_malformed(error: ValidationError, payload: bytes) -> None:
+    log.warning("announcement_malformed", reason=str(error.errors()[0]["msg"]), size=len(payload))
 
 
 @dataclass(slots=True)
@@ -223,6 +260,10 @@ class Charts:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def forget(self, user_id: int) -> None:
+        """Read a user's points again: a snapshot of his is committed, whether the bus has told of it or not."""
+        self._news.has_requested(user_id)
 
     def asked(self, subject: str, timeframe: Timeframe, until: datetime | None) -> Asked:
         """Return which chart is asked for; the ranges that end in the same bucket are one."""

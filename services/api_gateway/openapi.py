@@ -17,11 +17,21 @@ from services.api_gateway.responses import (
     Performance,
     ProblemDetails,
     Readiness,
+    RefreshedPrices,
+    TakenSnapshot,
 )
 
 VERSION = "1.0.0"
 
-_MODELS: tuple[type[BaseModel], ...] = (CurrentPortfolio, Performance, ProblemDetails, Health, Readiness)
+_MODELS: tuple[type[BaseModel], ...] = (
+    CurrentPortfolio,
+    Performance,
+    TakenSnapshot,
+    RefreshedPrices,
+    ProblemDetails,
+    Health,
+    Readiness,
+)
 _REQUEST_ID_HEADER = {
     "description": "The id of the request, given or made.",
     "schema": {"type": "string"},
@@ -87,6 +97,8 @@ def document() -> dict[str, Any]:
         "paths": {
             "/api/portfolio/current": {"get": _current()},
             "/api/portfolio/performance": {"get": _performance()},
+            "/api/portfolio/snapshots": {"post": _snapshots()},
+            "/api/portfolio/refresh-prices": {"post": _refresh_prices()},
             "/api/openapi.json": {"get": _openapi()},
             "/healthz": {"get": _healthz()},
             "/readyz": {"get": _readyz()},
@@ -166,6 +178,37 @@ def _performance() -> dict[str, Any]:
     }
 
 
+def _snapshots() -> dict[str, Any]:
+    return {
+        "operationId": "takeSnapshot",
+        "summary": "Take a snapshot now",
+        "description": "Values and stores the portfolio, at any hour; the next chart has it. Takes no body. Once a "
+        "minute for each user, unless the operator has set another SNAPSHOT_COOLDOWN_SECONDS: then 429 with "
+        "`Retry-After`. After a 503 the snapshot may have been taken all the same.",
+        "responses": _responses(
+            TakenSnapshot,
+            "The snapshot; it is stored.",
+            (*_WITH_TOKEN, problems.TOO_MANY_REQUESTS, problems.SNAPSHOTTER_UNAVAILABLE, *_BUSY),
+            status=201,
+        ),
+    }
+
+
+def _refresh_prices() -> dict[str, Any]:
+    return {
+        "operationId": "refreshPrices",
+        "summary": "Ask the market for the user's prices now",
+        "description": "Instead of waiting for the next round; the answer comes when the prices are stored, and "
+        "`/api/portfolio/current` has them. Takes no body. Once in 30 seconds for each user, unless the operator has "
+        "set another PRICE_REFRESH_COOLDOWN_SECONDS: then 429 with `Retry-After`.",
+        "responses": _responses(
+            RefreshedPrices,
+            "The market was asked.",
+            (*_WITH_TOKEN, problems.TOO_MANY_REQUESTS, problems.FEEDER_UNAVAILABLE, *_BUSY),
+        ),
+    }
+
+
 def _openapi() -> dict[str, Any]:
     responses = _responses(None, "An OpenAPI 3.1 document.", _BUSY)
     responses["200"]["content"] = {"application/json": {"schema": {"type": "object"}}}
@@ -198,20 +241,22 @@ def _readyz() -> dict[str, Any]:
     }
 
 
-def _responses(model: type[BaseModel] | None, description: str, kinds: tuple[Kind, ...]) -> dict[str, Any]:
+def _responses(
+    model: type[BaseModel] | None, description: str, kinds: tuple[Kind, ...], *, status: int = 200
+) -> dict[str, Any]:
     answers: dict[str, Any] = {
-        "200": {"description": description, "headers": {"X-Request-Id": _REQUEST_ID_HEADER}}
+        str(status): {"description": description, "headers": {"X-Request-Id": _REQUEST_ID_HEADER}}
     }
     if model is not None:
         content: dict[str, Any] = {"schema": _reference(model)}
         examples: Any = model.model_json_schema().get("examples")
         if examples:
             content["example"] = examples[0]
-        answers["200"]["content"] = {"application/json": content}
+        answers[str(status)]["content"] = {"application/json": content}
     by_status: dict[int, list[Kind]] = {}
     for kind in (problems.MALFORMED_REQUEST, *kinds, *_EVERYWHERE):
         by_status.setdefault(kind.status, []).append(kind)
-    return answers | {str(status): _problem_response(by_status[status]) for status in sorted(by_status)}
+    return answers | {str(code): _problem_response(by_status[code]) for code in sorted(by_status)}
 
 
 def _problem_response(kinds: list[Kind]) -> dict[str, Any]:
@@ -219,6 +264,7 @@ def _problem_response(kinds: list[Kind]) -> dict[str, Any]:
     headers |= {
         401: {"WWW-Authenticate": _CHALLENGE_HEADER},
         405: {"Allow": _ALLOW_HEADER},
+        429: {"Retry-After": _RETRY_AFTER_HEADER},
         503: {"Retry-After": _RETRY_AFTER_HEADER},
     }.get(kinds[0].status, {})
     return {

@@ -105,6 +105,8 @@ FROM portfolio_valuations
 WHERE subject = $1
 """
 
+USER = "SELECT id, is_active FROM users WHERE subject = $1"
+
 # What a watched portfolio is made of; its prices come from the bus. As arrays, so that it is one row.
 HOLDINGS = """
 SELECT users.id AS user_id, users.is_active, users.cash_balance, held.tickers, held.shares, held.cost_bases
@@ -339,6 +341,12 @@ class LiveValue:
 
 
 @dataclass(frozen=True)
+class User:
+    id: int
+    is_active: bool
+
+
+@dataclass(frozen=True)
 class PrimaryPosition:
     cluster: int
     timeline: int
@@ -373,6 +381,12 @@ async def current_portfolio(
         CURRENT, subject, now, moment.fresh_since, moment.closed_since, market_text(moment)
     )
     return CurrentPortfolio(**row) if row else None
+
+
+async def user(source: Source, subject: str) -> User | None:
+    """Return who has this subject, if anybody."""
+    row = await source.fetch_row(USER, subject)
+    return User(**row) if row else None
 
 
 async def holdings(source: Source, subject: str) -> Holdings | None:

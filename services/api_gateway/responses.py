@@ -224,6 +224,62 @@ class Performance(Answer):
     simulated: bool = Field(description="A price behind the values comes from a market simulator.")
 
 
+class TakenSnapshot(Answer):
+    """A snapshot that was taken because the user asked for it; a point of his charts like any other."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "timestamp": "2024-01-02T15:02:10.123456Z",
+                    "total_value": 125000.50,
+                    "cash_balance": 5000.50,
+                    "investment_value": 120000.00,
+                    "unpriced_positions": 0,
+                    "partial": False,
+                    "simulated": False,
+                }
+            ]
+        }
+    )
+
+    timestamp: Instant
+    total_value: Dollars
+    cash_balance: Dollars
+    investment_value: Dollars
+    unpriced_positions: int = Field(
+        ge=0, description="Positions without a price, which are left out of the values."
+    )
+    partial: bool = Field(description="There are such positions.")
+    simulated: bool = Field(description="A price behind it comes from a market simulator.")
+
+
+class RefreshedPrices(Answer):
+    """What asking the market for the prices of the user's symbols brought."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "refreshed_at": "2024-01-02T15:02:10.123456Z",
+                    "symbols": 3,
+                    "confirmed": 2,
+                    "changed": 1,
+                    "rejected": 1,
+                }
+            ]
+        }
+    )
+
+    refreshed_at: Instant
+    symbols: int = Field(ge=0, description="Symbols that the user holds.")
+    confirmed: int = Field(
+        ge=0, description="Of these, how many have a price that is now known to be the last."
+    )
+    changed: int = Field(ge=0, description="Of these, how many have another price than before.")
+    rejected: int = Field(ge=0, description="Symbols for which the market had no usable price.")
+
+
 class ProblemDetails(BaseModel):
     """RFC 9457 problem details; `type` is stable and may be compared with."""
 

@@ -17,14 +17,21 @@ from prometheus_client import REGISTRY
 
 from local.servers import nats_server
 from services.api_gateway import queries
-from services.api_gateway.charts import Asked, Charts, News
+from services.api_gateway.charts import REQUESTED_MAX, Asked, Charts, News
 from services.api_gateway.performance import Timeframe
 from services.api_gateway.problems import Problem
 from services.api_gateway.responses import Performance
 from shared.bus import Bus, Outgoing
 from shared.clock import last_boundary, utc_now
 from shared.database import Connection, Database, DatabaseUnavailable
-from shared.messages import SNAPSHOTS_TAKEN, PriceTick, SnapshotsTaken, price_subject
+from shared.messages import (
+    REQUESTED_SNAPSHOT_TAKEN,
+    SNAPSHOTS_TAKEN,
+    PriceTick,
+    SnapshotsTaken,
+    SnapshotTaken,
+    price_subject,
+)
 from tests.factories import add_snapshot, create_user, set_position, set_price
 from tests.gateway import Answer, Gateway, bearer, running
 from tests.waiting import eventually
@@ -125,6 +132,19 @@ def hear_snapshots(news: News, shard: int = 0, shards: int = 1) -> None:
     news.heard(SNAPSHOTS_TAKEN, taken.model_dump_json().encode())
 
 
+def hear_requested(news: News, user_id: int) -> None:
+    taken = SnapshotTaken(
+        user_id=user_id,
+        timestamp=NOW,
+        total_value=Decimal(1),
+        cash_balance=Decimal(1),
+        investment_value=Decimal(0),
+        unpriced_positions=0,
+        simulated=False,
+    )
+    news.heard(REQUESTED_SNAPSHOT_TAKEN, taken.model_dump_json().encode())
+
+
 # ---- how long a chart is kept --------------------------------------------------------------------
 
 
@@ -207,6 +227,44 @@ async def test_snapshots_of_the_users_shard_make_the_points_old_and_those_of_oth
     answer = await text(charts)
     assert watched.taken() == asked
     assert values(answer) == (["7.00"] if shard_of_user else [])
+
+
+async def test_snapshot_on_request_makes_the_points_of_its_user_old_and_no_others(
+    database: Database, watched: Watched, charts: Charts, news: News
+) -> None:
+    users = [await create_user(database, name) for name in ("demo", "other")]
+    others = Asked("other", Timeframe.ONE_DAY)
+    for asked in (LIVE, others):
+        await charts.answer(asked, NOW)
+    watched.taken()
+    await add_snapshot(database, users[0], NOW, "7")
+    hear_requested(news, users[0])
+    assert values(await text(charts)) == ["7.00"]
+    assert watched.taken() == ["chart"]
+    await charts.answer(others, NOW)
+    assert watched.taken() == ["live"]
+    await add_snapshot(database, users[1], NOW, "8")
+    charts.forget(users[1])  # as the gateway does that asked for it, before the bus tells
+    assert values(await text(charts, asked=others)) == ["8.00"]
+
+
+async def test_users_beyond_those_that_are_told_apart_count_for_everyone(
+    database: Database, watched: Watched, charts: Charts, news: News
+) -> None:
+    user_id = await create_user(database)
+    await charts.answer(LIVE, NOW)
+    hear_requested(news, user_id)
+    for number in range(REQUESTED_MAX - 1):
+        hear_requested(news, user_id + 1 + number)
+    announcement = news.announcements
+    assert not news.has_snapshot_since(announcement - REQUESTED_MAX, user_id + REQUESTED_MAX)
+    hear_requested(news, user_id + REQUESTED_MAX)  # the first one's has no place any more
+    assert news.has_snapshot_since(announcement - REQUESTED_MAX, user_id)
+    assert news.has_snapshot_since(announcement - REQUESTED_MAX, user_id + 1_000_000)
+    assert not news.has_snapshot_since(announcement - REQUESTED_MAX + 1, user_id + 1_000_000)
+    watched.taken()
+    await charts.answer(LIVE, NOW)
+    assert watched.taken() == ["chart"]
 
 
 async def test_number_of_shards_may_change_between_two_slots(

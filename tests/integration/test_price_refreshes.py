@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -12,16 +12,14 @@ from prometheus_client import Counter
 from structlog.testing import capture_logs
 
 from services.price_feeder import queries, refreshes
-from services.price_feeder.feed import Feed, Refreshed
+from services.price_feeder.feed import Refreshed
 from services.price_feeder.lease import Lease
-from services.price_feeder.market_data import MarketData
 from services.price_feeder.queries import LeaseLost
 from services.price_feeder.refreshes import Rounds
 from services.price_feeder.trades import Rejection
 from shared.bus import Bus, Refused, Unanswered
 from shared.clock import utc_now
 from shared.database import Database
-from shared.market_calendar import Calendar
 from shared.messages import (
     PRICES_CONFIRMED,
     REFRESH_REQUESTED,
@@ -34,12 +32,11 @@ from shared.messages import (
 from tests.factories import create_user, set_price
 from tests.integration.fake_alpaca import STOCKS, FakeAlpaca, hangs, running_fake, trade
 from tests.integration.leases import held_lease
-from tests.market import open_now
+from tests.integration.responders import feeder
 from tests.waiting import eventually
 
 AT = datetime(2026, 3, 2, 15, 0, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
-COOLDOWN = timedelta(seconds=30)
 
 
 @pytest.fixture
@@ -52,30 +49,6 @@ async def alpaca() -> AsyncIterator[FakeAlpaca]:
 async def lease(database: Database) -> AsyncIterator[Lease]:
     async with held_lease(database) as held:
         yield held
-
-
-@asynccontextmanager
-async def feeder(
-    database: Database, bus: Bus, alpaca: FakeAlpaca, lease: Lease, cooldown: timedelta = COOLDOWN
-) -> AsyncIterator[Feed]:
-    """Answer requests as in a term of the lease, without rounds of its own."""
-    over = asyncio.Event()
-    async with (
-        MarketData(
-            api_key="key", secret_key="secret", url=alpaca.url, feed="iex", requests_per_minute=10_000
-        ) as market,
-        asyncio.TaskGroup() as tasks,
-    ):
-        feed = Feed(database, bus, market, lease, calendar=Calendar(open_now()))
-        publishing = tasks.create_task(feed.outbox.keep_publishing())
-        tasks.create_task(
-            refreshes.run(
-                database, bus, feed.refresh, lease.holds, over, cooldown=cooldown, requests_per_minute=10_000
-            )
-        )
-        yield feed
-        publishing.cancel()
-        over.set()
 
 
 async def ask(bus: Bus, user_id: int, at: datetime | None = None) -> PricesRefreshed:

@@ -1,8 +1,6 @@
 """Snapshots on request, on real PostgreSQL and NATS. Values are worked by hand."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -24,10 +22,11 @@ from shared.messages import (
     SnapshotTaken,
 )
 from tests.factories import create_user, make_partitions, set_position, set_price
+from tests.integration.responders import SNAPSHOT_COOLDOWN as COOLDOWN
+from tests.integration.responders import snapshotter
 from tests.waiting import eventually
 
 AT = datetime(2026, 3, 2, 15, 2, 10, 123456, tzinfo=UTC)
-COOLDOWN = timedelta(seconds=60)
 SECOND = timedelta(seconds=1)
 MICROSECOND = timedelta(microseconds=1)
 
@@ -276,25 +275,6 @@ async def is_waited_for(database: Database) -> bool:
 
 
 # ---- over the bus --------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def snapshotter(
-    database_url: str, bus: Bus, *, replicas: int = 1, cooldown: timedelta = COOLDOWN
-) -> AsyncIterator[None]:
-    stop = asyncio.Event()
-    async with AsyncExitStack() as stack:
-        pools = [
-            await stack.enter_async_context(
-                databases.connect(database_url, application_name="tests", connections_max=2)
-            )
-            for _ in range(replicas)
-        ]
-        async with asyncio.TaskGroup() as tasks:
-            for pool in pools:
-                tasks.create_task(requested.run(pool, bus, cooldown, stop))
-            yield
-            stop.set()
 
 
 async def ask(bus: Bus, user_id: int, at: datetime | None = None) -> SnapshotTaken:

@@ -52,6 +52,15 @@ def test_the_specifications_example_is_shown() -> None:
     assert (position["current_value"], position["unrealized_gain_loss_percent"]) == (17500.00, 16.67)
 
 
+@pytest.mark.parametrize(("path", "good"), [("snapshots", "201"), ("refresh-prices", "200")])
+def test_every_status_of_what_is_asked_for_by_hand_is_documented(path: str, good: str) -> None:
+    responses = DOCUMENT["paths"][f"/api/portfolio/{path}"]["post"]["responses"]
+    bad = ["400", "401", "403", "404", "405", "413", "417", "429", "500", "503"]
+    assert list(responses) == [good, *bad]
+    assert all("application/problem+json" in responses[status]["content"] for status in bad)
+    assert all("Retry-After" in responses[status]["headers"] for status in ("429", "503"))
+
+
 @pytest.mark.parametrize(
     ("path", "good"), [("/api/portfolio/current", ["200"]), ("/api/portfolio/performance", ["200", "304"])]
 )
