@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from services.api_gateway.responses import CurrentPortfolio, Performance
+from services.api_gateway.responses import CurrentPortfolio, Performance, RefreshedPrices, TakenSnapshot
 from tests.unit.test_configuration_files import as_text, settings_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -51,7 +51,15 @@ def test_commands_of_the_readme_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize(("name", "model"), [("current", CurrentPortfolio), ("performance", Performance)])
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("current", CurrentPortfolio),
+        ("performance", Performance),
+        ("snapshot", TakenSnapshot),
+        ("refresh", RefreshedPrices),
+    ],
+)
 def test_answers_of_the_readme_fit_the_contract(name: str, model: type[BaseModel]) -> None:
     block = re.search(rf"<!-- answer: {name} -->\n```json\n(.*?)```", README, flags=re.DOTALL)
     assert block is not None
