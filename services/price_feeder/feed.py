@@ -164,13 +164,16 @@ class Feed:
         await self._follow(held)
         due = self._pace.due(held, self._calendar.hours, clock.utc_now())
         if held and not due:
-            self.note_streams()
+            self._note_status(clock.utc_now())
             await self.outbox.publish()
             return Round("resting", unpublished=len(self.outbox))
+        heard = self.streaming.streamed if self.streaming else frozenset()
         answers = await self._ask(due, stop)
         stored, rejected, at = await self._store(answers)
         self._reports.say_rejected(rejected)
-        self._note_missed(stored, at)
+        if self.streaming:
+            found = {tick.symbol for tick in stored.changed if at - tick.traded_at > HEARD_WITHIN}
+            self.streaming.note_missed(heard & found)
         problem = _in_words(answers)
         self._note_problem(
             problem, at, loud=any(isinstance(error, Unauthorized) for error in answers.problems)
@@ -344,16 +347,12 @@ class Feed:
         except LeaseLost:
             self._lease.lose()
 
-    def _note_missed(self, stored: Stored, at: datetime) -> None:
-        if self.streaming:
-            self.streaming.note_missed(
-                tick.symbol for tick in stored.changed if at - tick.traded_at > HEARD_WITHIN
-            )
-
     # ---- status ----------------------------------------------------------------------------------
 
     def note_streams(self) -> None:
-        """Say what is streamed, and what state that makes, at once."""
+        """Say what is streamed, and what state that makes, at once; the first round of a term says it first."""
+        if not self.outbox.has_status:
+            return
         self._note_status(clock.utc_now())
         self.outbox.wake()
 

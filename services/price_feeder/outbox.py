@@ -74,6 +74,11 @@ class Outbox:
         self._status = FeedStatus(state=state, since=since, detail=detail, streamed=streamed, polled=polled)
         self._status_published = False
 
+    @property
+    def has_status(self) -> bool:
+        """Tell whether a state was ever set."""
+        return self._status is not None
+
     def repeat_status(self) -> None:
         """Publish the status again: the stream that keeps it may have been lost."""
         self._status_published = False

@@ -458,7 +458,8 @@ class Stream:
             log.info("stream_subscribed", stream=self.name, symbols=len(symbols), added=len(symbols - before))
         if symbols - before:
             self._listener.subscribed(symbols - before)
-        self._listener.changed()
+        if symbols and self.is_whole:  # half way through a change nothing is said
+            self._listener.changed()
 
     def _set_state(self, state: StreamState, problem: str | None) -> None:
         self.problem = problem

@@ -54,6 +54,9 @@ class FakeAlpaca:
         self.serving.add(task)
         try:
             while request := await self._request(reader):
+                if request.path not in (STOCKS, CRYPTO):  # the calendar, say
+                    writer.write(response("404 Not Found", "{}"))
+                    break
                 self.asked.append(request)
                 fault = self.faults_by_path.get(request.path, self.fault)
                 if fault:
@@ -76,7 +79,7 @@ class FakeAlpaca:
         url = urlsplit(head[0].split()[1])
         query = parse_qs(url.query)
         headers = dict(line.split(": ", 1) for line in head[1:] if line)
-        symbols = tuple(query["symbols"][0].split(","))
+        symbols = tuple(query.get("symbols", [""])[0].split(","))
         return Asked(url.path, symbols, query.get("feed", [None])[0], time.monotonic(), headers)
 
     def _answer(self, asked: Asked) -> tuple[str, str]:

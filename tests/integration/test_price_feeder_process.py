@@ -1,16 +1,8 @@
 """The price feeder as an operator runs it: `python -m services.price_feeder`."""
 
 import asyncio
-import json
-import os
-import signal
-import sys
-import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
 
 import aiohttp
 import psutil
@@ -18,9 +10,9 @@ import pytest
 
 from services.price_feeder.queries import cached_price
 from shared.database import Database
-from tests.conftest import ROOT
 from tests.factories import create_user
 from tests.integration.fake_alpaca import FakeAlpaca, answers, hangs, running_fake, trade
+from tests.integration.feeder_process import price_feeder
 from tests.waiting import eventually
 
 
@@ -30,89 +22,13 @@ async def alpaca() -> AsyncIterator[FakeAlpaca]:
         yield fake
 
 
-@dataclass
-class Process:
-    process: asyncio.subprocess.Process
-    health_url: str
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-
-    def logged(self, event: str) -> list[dict[str, Any]]:
-        return [line for line in self.lines if line["event"] == event]
-
-    async def wait_for(self, event: str, count: int = 1) -> None:
-        async def is_logged() -> bool:
-            assert self.process.returncode is None, self.lines[-3:] + self.errors
-            return len(self.logged(event)) >= count
-
-        await eventually(is_logged, timeout=20)
-
-    async def terminate(self) -> tuple[int, float]:
-        """Send SIGTERM; return the exit code and how many seconds it took."""
-        started = time.monotonic()
-        self.process.send_signal(signal.SIGTERM)
-        code = await asyncio.wait_for(self.process.wait(), 15)
-        return code, time.monotonic() - started
-
-
-@asynccontextmanager
-async def price_feeder(
-    database_url: str, nats_url: str, alpaca: FakeAlpaca, port: int, **settings: str
-) -> AsyncIterator[Process]:
-    environment = {
-        "PATH": os.environ["PATH"],
-        "DATABASE_URL": database_url,
-        "NATS_URL": nats_url,
-        "ALPACA_API_KEY": "key",
-        "ALPACA_SECRET_KEY": "very-secret",
-        "ALPACA_DATA_URL": alpaca.url,
-        "ALPACA_BASE_URL": alpaca.url,
-        "PRICE_STREAM_ENABLED": "false",
-        "PRICE_CLOSED_INTERVAL_SECONDS": "0.5",
-        "PRICE_UPDATE_INTERVAL_SECONDS": "0.5",
-        "HEALTH_HOST": "127.0.0.1",
-        "HEALTH_PORT": str(port),
-        **settings,
-    }
-    started = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "services.price_feeder",
-        cwd=ROOT,
-        env=environment,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    assert started.stdout
-    assert started.stderr
-    running = Process(started, f"http://127.0.0.1:{port}")
-
-    async def read_lines(stream: asyncio.StreamReader) -> None:
-        async for line in stream:
-            assert b"very-secret" not in line
-            running.lines.append(json.loads(line))
-
-    async def read_errors(stream: asyncio.StreamReader) -> None:
-        async for line in stream:
-            running.errors.append(line.decode())
-
-    reading = asyncio.gather(read_lines(started.stdout), read_errors(started.stderr))
-    try:
-        yield running
-    finally:
-        if started.returncode is None:
-            started.kill()
-        await started.wait()
-        await reading
-
-
 async def test_prices_flow_and_sigterm_ends_it_with_exit_code_0(
     database: Database, database_url: str, nats_url: str, alpaca: FakeAlpaca, unused_tcp_port: int
 ) -> None:
     await create_user(database, positions={"AAPL": ("1", "1"), "GONE": ("1", "1")})
     alpaca.headers = {"X-Market-Simulated": "true"}
     alpaca.trades = {"AAPL": trade("200.5")}
-    async with price_feeder(database_url, nats_url, alpaca, unused_tcp_port) as feeder:
+    async with price_feeder(database_url, nats_url, alpaca.url, unused_tcp_port) as feeder:
         await feeder.wait_for("prices_updated", 3)
         cached = await cached_price(database, "AAPL")
         assert cached
@@ -150,7 +66,7 @@ async def test_sigterm_during_a_hanging_request_is_obeyed_at_once(
 ) -> None:
     await create_user(database, positions={"AAPL": ("1", "1"), "BTC/USD": ("1", "1")})
     alpaca.fault = hangs
-    async with price_feeder(database_url, nats_url, alpaca, unused_tcp_port) as feeder:
+    async with price_feeder(database_url, nats_url, alpaca.url, unused_tcp_port) as feeder:
 
         async def is_asked() -> bool:
             return len(alpaca.asked) == 2
@@ -167,7 +83,7 @@ async def test_wrong_key_is_loud_once_and_slow_and_the_service_stays_up(
 ) -> None:
     await create_user(database, positions={"AAPL": ("1", "1")})
     alpaca.fault = answers("403 Forbidden", '{"message": "forbidden."}')
-    async with price_feeder(database_url, nats_url, alpaca, unused_tcp_port) as feeder:
+    async with price_feeder(database_url, nats_url, alpaca.url, unused_tcp_port) as feeder:
         await feeder.wait_for("prices_updated", 4)
         (loud,) = feeder.logged("market_data_unauthorized")
         assert loud["level"] == "error"
@@ -183,7 +99,7 @@ async def test_disabled_feeder_says_so_stays_healthy_and_asks_nothing(
 ) -> None:
     await create_user(database, positions={"AAPL": ("1", "1")})
     settings = {"PRICE_UPDATE_ENABLED": "false", "ALPACA_API_KEY": "", "ALPACA_SECRET_KEY": ""}
-    async with price_feeder(database_url, nats_url, alpaca, unused_tcp_port, **settings) as feeder:
+    async with price_feeder(database_url, nats_url, alpaca.url, unused_tcp_port, **settings) as feeder:
         await feeder.wait_for("price_updates_disabled")
         async with aiohttp.ClientSession(feeder.health_url) as client:
 
@@ -199,7 +115,9 @@ async def test_disabled_feeder_says_so_stays_healthy_and_asks_nothing(
 async def test_missing_key_stops_the_start_in_words(
     database_url: str, nats_url: str, alpaca: FakeAlpaca, unused_tcp_port: int
 ) -> None:
-    async with price_feeder(database_url, nats_url, alpaca, unused_tcp_port, ALPACA_SECRET_KEY="") as feeder:
+    async with price_feeder(
+        database_url, nats_url, alpaca.url, unused_tcp_port, ALPACA_SECRET_KEY=""
+    ) as feeder:
         assert await asyncio.wait_for(feeder.process.wait(), 20) == 2
     assert "ALPACA_SECRET_KEY is not set" in "".join(feeder.errors)
     assert "Traceback" not in "".join(feeder.errors)
@@ -211,7 +129,7 @@ async def test_process_is_small_and_idle(
     symbols = [f"S{number}" for number in range(250)]
     await create_user(database, positions=dict.fromkeys(symbols, ("1", "1")))
     alpaca.trades = dict.fromkeys(symbols, trade("10.25"))
-    async with price_feeder(database_url, nats_url, alpaca, unused_tcp_port) as feeder:
+    async with price_feeder(database_url, nats_url, alpaca.url, unused_tcp_port) as feeder:
         await feeder.wait_for("prices_updated", 6)
         process = psutil.Process(feeder.process.pid)
         threads = process.num_threads()

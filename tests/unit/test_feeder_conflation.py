@@ -1,0 +1,108 @@
+"""Of many trades the newest, and of many moments a few."""
+
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.price_feeder.conflation import Conflation, StreamedTrade
+
+SYMBOLS = ("AAPL", "MSFT", "BTC/USD")
+
+
+def trade(price: float, at_ns: int, trade_id: int = 0) -> StreamedTrade:
+    return StreamedTrade(price, at_ns, trade_id, "iex")
+
+
+def test_first_trade_goes_out_at_once_and_the_next_batch_a_window_later() -> None:
+    conflation = Conflation(0.25)
+    assert conflation.wait_seconds(10.0) is None
+    conflation.take("AAPL", trade(200.0, 1))
+    assert conflation.wait_seconds(10.0) == 0.0
+    assert conflation.batch(10.0) == {"AAPL": trade(200.0, 1)}
+    assert conflation.wait_seconds(10.0) is None
+    conflation.take("AAPL", trade(201.0, 2))
+    conflation.take("MSFT", trade(400.0, 2))
+    conflation.take("AAPL", trade(202.0, 3))
+    assert conflation.wait_seconds(10.1) is not None
+    assert round(conflation.wait_seconds(10.1) or 0, 6) == 0.15
+    assert conflation.wait_seconds(11.0) == 0.0
+    assert conflation.batch(10.25) == {"AAPL": trade(202.0, 3), "MSFT": trade(400.0, 2)}
+
+
+def test_older_trade_is_dropped_also_when_the_newer_one_has_gone_out() -> None:
+    conflation = Conflation()
+    assert conflation.take("AAPL", trade(200.0, 5))
+    assert not conflation.take("AAPL", trade(199.0, 4))
+    conflation.batch(0.0)
+    assert not conflation.take("AAPL", trade(199.0, 4))
+    assert len(conflation) == 0
+
+
+def test_of_trades_of_the_same_instant_the_last_one_counts() -> None:
+    conflation = Conflation()
+    conflation.take("AAPL", trade(200.0, 5, 1))
+    assert conflation.take("AAPL", trade(200.1, 5, 2))
+    assert conflation.batch(0.0)["AAPL"].price == 200.1
+    assert conflation.take("AAPL", trade(200.2, 5, 3))
+
+
+def test_batch_that_was_not_stored_waits_again_less_what_is_newer() -> None:
+    conflation = Conflation()
+    conflation.take("AAPL", trade(200.0, 1))
+    conflation.take("MSFT", trade(400.0, 1))
+    batch = conflation.batch(0.0)
+    conflation.take("AAPL", trade(201.0, 2))
+    conflation.take_back(batch)
+    assert conflation.batch(1.0) == {"AAPL": trade(201.0, 2), "MSFT": trade(400.0, 1)}
+
+
+def test_withdrawn_trade_does_not_go_out_and_a_forgotten_symbol_begins_anew() -> None:
+    conflation = Conflation()
+    conflation.take("AAPL", trade(999.0, 9, trade_id=7))
+    assert not conflation.withdraw("AAPL", 6)
+    assert conflation.withdraw("AAPL", 7)
+    assert conflation.wait_seconds(0.0) is None
+    conflation.take("AAPL", trade(200.0, 3))
+    conflation.batch(0.0)
+    assert conflation.last("AAPL") == trade(200.0, 3)
+    conflation.forget("AAPL")
+    assert conflation.last("AAPL") is None
+    assert conflation.take("AAPL", trade(150.0, 1))
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(SYMBOLS),
+            st.integers(min_value=1, max_value=50),
+            st.floats(min_value=0, max_value=0.2, allow_nan=False),
+        ),
+        max_size=200,
+    )
+)
+def test_what_goes_out_is_bounded_in_order_and_ends_with_the_newest(
+    events: list[tuple[str, int, float]],
+) -> None:
+    conflation = Conflation(0.25)
+    at, batches = 0.0, []
+    arrived: dict[str, tuple[int, int]] = {}
+
+    def let_out() -> None:
+        if conflation.wait_seconds(at) == 0.0:
+            batches.append((at, conflation.batch(at)))
+
+    for number, (symbol, at_ns, pause) in enumerate(events):
+        at += pause
+        conflation.take(symbol, trade(float(number), at_ns, number))
+        arrived[symbol] = max(arrived.get(symbol, (0, 0)), (at_ns, number))
+        assert len(conflation) <= len(SYMBOLS)
+        let_out()
+    at += 0.25
+    let_out()
+    assert all(later - earlier >= 0.2499 for (earlier, _), (later, _) in pairwise(batches))
+    for symbol in SYMBOLS:
+        out = [batch[symbol] for _, batch in batches if symbol in batch]
+        assert out == sorted(out, key=lambda each: (each.traded_at_ns, each.trade_id))
+        if symbol in arrived:
+            assert (out[-1].traded_at_ns, out[-1].trade_id) == arrived[symbol]
