@@ -80,7 +80,7 @@ async def handle(database: Database, bus: Bus, payload: bytes, cooldown: timedel
     log.info(
         "requested_snapshot_taken",
         user_id=taken.user_id,
-        timestamp=taken.timestamp.isoformat(),
+        requested_at=taken.timestamp.isoformat(),
         unpriced=taken.unpriced_positions,
         added=added,
         duration_ms=round(seconds * 1000),
@@ -97,6 +97,6 @@ async def _announce(bus: Bus, taken: SnapshotTaken) -> None:
         log.warning(
             "requested_snapshot_not_announced",
             user_id=taken.user_id,
-            timestamp=taken.timestamp.isoformat(),
+            requested_at=taken.timestamp.isoformat(),
             reason=str(error) or "no acknowledgement came in time",
         )

@@ -314,7 +314,7 @@ async def test_it_is_answered_and_announced_after_the_commit(
     assert (taken.timestamp, taken.total_value) == (at, Decimal("23.50"))
     assert count(requested.requests_handled, "taken") == before + 1
     (line,) = [line for line in logged if line["event"] == "requested_snapshot_taken"]
-    assert (line["user_id"], line["timestamp"], line["added"]) == (user_id, at.isoformat(), True)
+    assert (line["user_id"], line["requested_at"], line["added"]) == (user_id, at.isoformat(), True)
 
 
 async def test_time_that_is_not_now_is_refused(database: Database, database_url: str, bus: Bus) -> None:
