@@ -372,6 +372,8 @@ def _stream_of(address: str) -> Stream | None:
 
 def _kept(stream: Stream) -> _Node:
     kept: _Node = {"stream": stream.name, "storage": "memory" if stream.in_memory else "file"}
+    if stream.recoverable:
+        kept["persist_mode"] = "async"
     if stream.messages_per_subject:
         kept["max_msgs_per_subject"] = stream.messages_per_subject
     if stream.max_age:

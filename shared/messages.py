@@ -232,6 +232,8 @@ class Stream(NamedTuple):
     """The newest so many of each subject are kept, however old; None: all."""
     max_age: timedelta | None = None
     in_memory: bool = False
+    recoverable: bool = False
+    """What is in it can be published again, so that it need not be on the platter before it is acknowledged."""
 
 
 TICKS_PER_SECOND_MAX = 4
@@ -242,9 +244,11 @@ PRICE_REPLAY_DEFAULT = timedelta(minutes=5)
 def prices_stream(replay: timedelta) -> Stream:
     """Return the stream of ticks, from which at least the last `replay` of every symbol can be had.
 
-    What is kept is counted, not aged: the last value of a symbol that has not traded for days is there.
+    What is kept is counted, not aged: the last value of a symbol that has not traded for days is there. All of them are
+    in PostgreSQL, and the feeder publishes them again when the server has been away.
     """
-    return Stream("PRICES", (ALL_PRICES,), max(1, int(replay.total_seconds() * TICKS_PER_SECOND_MAX)))
+    kept = max(1, int(replay.total_seconds() * TICKS_PER_SECOND_MAX))
+    return Stream("PRICES", (ALL_PRICES,), kept, recoverable=True)
 
 
 PRICES = prices_stream(PRICE_REPLAY_DEFAULT)

@@ -113,6 +113,7 @@ def _configuration(stream: Stream) -> _Configuration:
         "num_replicas": 1,
         "duplicate_window": _nanoseconds(min(DUPLICATE_WINDOW, stream.max_age or DUPLICATE_WINDOW)),
         "allow_direct": True,
+        **({"persist_mode": "async"} if stream.recoverable else {}),
         **_limits(stream),
     }
 

@@ -18,6 +18,7 @@ from shared.messages import (
     PRICES,
     PRICES_CONFIRMED,
     SNAPSHOTS_TAKEN,
+    STREAMS,
     TICKETS,
     Stream,
     StreamTicket,
@@ -66,6 +67,15 @@ async def test_streams_are_made_with_what_they_keep_and_where(nats_url: str, cli
         "memory",
     )
     assert tickets["duplicate_window"] == 60_000_000_000
+
+
+async def test_only_what_can_be_published_again_is_acknowledged_before_it_is_on_the_platter(
+    nats_url: str, client: Client
+) -> None:
+    await use(nats_url)
+    modes = {stream.name: (await configuration(client, stream)).get("persist_mode") for stream in STREAMS}
+    assert modes.pop("PRICES") == "async"
+    assert set(modes.values()) == {None}
 
 
 async def test_streams_of_the_version_before_are_brought_up_to_date_without_losing_what_is_in_them(
@@ -117,7 +127,8 @@ async def test_a_subject_that_is_missing_is_added_while_the_service_runs(bus: Bu
     await bus._client.force_reconnect()
 
     async def is_added() -> bool:
-        return (await configuration(client, FEED))["subjects"] == [FEED_STATUS, PRICES_CONFIRMED]
+        found = await configuration(client, FEED)
+        return bool(found["subjects"] == [FEED_STATUS, PRICES_CONFIRMED])
 
     await eventually(is_added)
 
