@@ -365,6 +365,12 @@ class Bus:
     ) -> None:
         """Listen until `stop`, or until messages may have been missed."""
         subscriptions = []
+        echo = asyncio.Event()
+        echo_subject = client.new_inbox()
+
+        async def hear_echo(_: Msg) -> None:
+            echo.set()
+
         try:
             for subject in subjects:
                 subscriptions.append(
@@ -375,12 +381,17 @@ class Bus:
                         pending_bytes_limit=LISTEN_WAITING_BYTES_MAX,
                     )
                 )
+            subscriptions.append(await client.subscribe(echo_subject, cb=hear_echo))
             stopping = asyncio.ensure_future(stop.wait())
             losing = asyncio.ensure_future(ear.lost.wait())
             try:
                 while not (stopping.done() or losing.done()):
-                    # Its answer comes after all that the server has sent before, and after the subscriptions.
-                    await client.flush(timeout=LISTEN_ANSWER_SECONDS_MAX)  # type: ignore[arg-type]  # a fraction works
+                    # It comes back after all that the server has sent before, and after the subscriptions. Not a flush:
+                    # the pong of one that was given up ends the library's reading for good, without a word.
+                    echo.clear()
+                    async with asyncio.timeout(LISTEN_ANSWER_SECONDS_MAX):
+                        await client.publish(echo_subject)
+                        await echo.wait()
                     if not ear.hears:
                         ear.resume()
                     await asyncio.wait(

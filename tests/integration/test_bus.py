@@ -233,7 +233,12 @@ async def test_listener_is_told_of_a_server_that_freezes_within_three_seconds(tm
                     await heard.wait_for("resumed", "interrupted")
             finally:
                 server.process.send_signal(signal.SIGCONT)
-            await heard.wait_for("resumed", "interrupted", "resumed")
+            async with asyncio.timeout(3):
+                await heard.wait_for("resumed", "interrupted", "resumed")
+            client = await nats.connect(server.url)
+            await client.publish("prices.v1.equity.A", b"1")
+            await heard.wait_for("resumed", "interrupted", "resumed", "prices.v1.equity.A=1")
+            await client.close()
 
 
 async def test_listener_is_told_of_messages_that_found_no_room(bus: Bus, nats_url: str) -> None:
