@@ -14,11 +14,15 @@ from services.api_gateway.problems import Kind, Problem
 from services.api_gateway.responses import (
     CurrentPortfolio,
     Health,
+    Heartbeat,
     Performance,
+    PortfolioChange,
     ProblemDetails,
     Readiness,
     RefreshedPrices,
+    StreamEnd,
     TakenSnapshot,
+    Ticket,
 )
 
 VERSION = "1.0.0"
@@ -26,6 +30,10 @@ VERSION = "1.0.0"
 _MODELS: tuple[type[BaseModel], ...] = (
     CurrentPortfolio,
     Performance,
+    PortfolioChange,
+    Heartbeat,
+    StreamEnd,
+    Ticket,
     TakenSnapshot,
     RefreshedPrices,
     ProblemDetails,
@@ -77,6 +85,7 @@ _WITH_TOKEN = (
     problems.DATABASE_UNAVAILABLE,
     problems.KEYS_UNAVAILABLE,
 )
+_OF_PORTFOLIOS = (problems.USER_DEACTIVATED, problems.USER_UNKNOWN, problems.DATABASE_UNAVAILABLE)
 
 
 def document() -> dict[str, Any]:
@@ -97,6 +106,8 @@ def document() -> dict[str, Any]:
         "paths": {
             "/api/portfolio/current": {"get": _current()},
             "/api/portfolio/performance": {"get": _performance()},
+            "/api/portfolio/stream": {"get": _stream()},
+            "/api/portfolio/stream-tickets": {"post": _tickets()},
             "/api/portfolio/snapshots": {"post": _snapshots()},
             "/api/portfolio/refresh-prices": {"post": _refresh_prices()},
             "/api/openapi.json": {"get": _openapi()},
@@ -106,13 +117,19 @@ def document() -> dict[str, Any]:
         "components": {
             "schemas": definitions["$defs"],
             "securitySchemes": {
+                "streamTicket": {
+                    "type": "apiKey",
+                    "in": "query",
+                    "name": "ticket",
+                    "description": "From `POST /api/portfolio/stream-tickets`; used up by one request.",
+                },
                 "bearerAuth": {
                     "type": "http",
                     "scheme": "bearer",
                     "bearerFormat": "JWT",
                     "description": "HS256 with a shared secret, or RS256, ES256, EdDSA with the issuer's "
                     "published keys. `exp` and `sub` are required.",
-                }
+                },
             },
         },
     }
@@ -175,6 +192,85 @@ def _performance() -> dict[str, Any]:
             },
         ],
         "responses": {"200": responses.pop("200"), "304": not_modified, **responses},
+    }
+
+
+def _stream() -> dict[str, Any]:
+    responses = _responses(
+        None,
+        "The stream.",
+        (
+            *_WITH_TOKEN,
+            problems.TICKET_INVALID,
+            problems.ORIGIN_NOT_ALLOWED,
+            problems.TOO_MANY_STREAMS,
+            problems.TICKETS_UNAVAILABLE,
+            *_BUSY,
+        ),
+    )
+    events = {
+        "portfolio": (CurrentPortfolio, "the whole: at the beginning, and when positions have come or gone"),
+        "change": (
+            PortfolioChange,
+            "all totals and the positions that changed, at most four events a second",
+        ),
+        "heartbeat": (Heartbeat, "when there was nothing else for 15 seconds; has no id"),
+        "end": (StreamEnd, "the last one; has no id"),
+    }
+    described = "; ".join(
+        f"`{name}`, whose data is a `{model.__name__}`: {text}" for name, (model, text) in events.items()
+    )
+    text_schema = {"type": "string", "description": f"Events in order. {described}."}
+    responses["200"]["content"] = {"text/event-stream": {"schema": text_schema}}
+    upgraded = {
+        "description": "The same over WebSocket: each event is a text message, an object with `event`, `id` (unless it "
+        "has none) and `data`. The client sends nothing. It is closed with 4401 (token expired), 4403 (user "
+        "deactivated), 4404 (user unknown) or 1001 (going away)."
+    }
+    return {
+        "operationId": "streamPortfolio",
+        "summary": "The portfolio as it changes",
+        "description": "Server-Sent Events, or the same over WebSocket when the request asks for that upgrade. A "
+        "client that reads slowly gets fewer events, each true when it is sent. The stream ends with its token. A browser "
+        "sends a ticket; its `Origin` must be this address or one of CORS_ALLOWED_ORIGINS.",
+        "security": [{"bearerAuth": []}, {"streamTicket": []}],
+        "parameters": [
+            {
+                "name": "Last-Event-ID",
+                "in": "header",
+                "required": False,
+                "description": "The last id that was received: only what has changed since is sent, when the gateway "
+                "still knows it.",
+                "schema": {"type": "string"},
+            },
+            {
+                "name": "last_event_id",
+                "in": "query",
+                "required": False,
+                "description": "The same, for who cannot send the header.",
+                "schema": {"type": "string"},
+            },
+        ],
+        "responses": {"101": upgraded, **responses},
+    }
+
+
+def _tickets() -> dict[str, Any]:
+    return {
+        "operationId": "issueStreamTicket",
+        "summary": "A ticket to the stream",
+        "description": "For browsers, whose EventSource and WebSocket cannot send a header. Good for half a minute and "
+        "for one stream. Takes no body.",
+        "responses": _responses(
+            Ticket,
+            "The ticket.",
+            (
+                *(kind for kind in _WITH_TOKEN if kind not in _OF_PORTFOLIOS),
+                problems.TICKETS_UNAVAILABLE,
+                *_BUSY,
+            ),
+            status=201,
+        ),
     }
 
 

@@ -224,6 +224,53 @@ class Performance(Answer):
     simulated: bool = Field(description="A price behind the values comes from a market simulator.")
 
 
+class PortfolioChange(Answer):
+    """The event `change`: the totals, and of the positions those that have changed."""
+
+    total_value: Dollars
+    investment_value: Dollars
+    cash_balance: Dollars
+    last_updated: Instant
+    price_fresh: bool
+    simulated: bool
+    market: Market
+    positions: list[Position] = Field(description="Whole, in order of their ticker.")
+
+
+class Heartbeat(Answer):
+    """The event `heartbeat`: there was no other for a while."""
+
+    at: Instant
+    last_updated: Instant
+    price_fresh: bool
+
+
+class StreamEnd(Answer):
+    """The event `end`: the stream closes."""
+
+    reason: Literal["token_expired", "user_deactivated", "user_unknown", "going_away"] = Field(
+        description="`going_away`: the gateway stops; connect again, there may be another one."
+    )
+
+
+class Ticket(Answer):
+    """What opens one stream, as `?ticket=`, without a header."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "ticket": "7Ux1tOYoXEzJBZcB_wAJvbFvP5REd8Hz_tZCK7L3Qxg",
+                    "expires_at": "2024-01-02T15:02:40.123456Z",
+                }
+            ]
+        }
+    )
+
+    ticket: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{43}$")]
+    expires_at: Instant
+
+
 class TakenSnapshot(Answer):
     """A snapshot that was taken because the user asked for it; a point of his charts like any other."""
 

@@ -17,7 +17,9 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examined
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
+from pydantic import BaseModel
 
+from services.api_gateway.responses import CurrentPortfolio, Heartbeat, PortfolioChange, StreamEnd, Ticket
 from shared.bus import Bus, Outgoing
 from shared.clock import utc_now
 from shared.database import Database
@@ -175,6 +177,25 @@ async def test_outside_the_session_prices_are_closed(database_url: str, bus: Bus
         assert first.data == await current(gateway)
 
 
+async def test_events_are_as_described(gateway: Gateway, database: Database, bus: Bus) -> None:
+    described = {
+        "portfolio": CurrentPortfolio,
+        "change": PortfolioChange,
+        "heartbeat": Heartbeat,
+        "end": StreamEnd,
+    }
+    async with sse(gateway, None, Authorization=f"Bearer {token('demo', expires_in=2)}") as stream:
+        first = await stream.next()
+        await trade(database, bus, "AAPL", "176.00")
+        await stream.next("end")
+    async with sse(gateway, Last_Event_ID=stream.events[-2].id or first.id) as resumed:
+        await resumed.next("heartbeat", "change")
+    seen = stream.events + resumed.events
+    assert {event.name for event in seen} >= {"portfolio", "change", "end"}
+    for event in seen:
+        described[event.name].model_validate(event.data)
+
+
 # ---- beginning and resuming ----------------------------------------------------------------------
 
 
@@ -222,8 +243,7 @@ async def test_heartbeats_come_when_nothing_else_does(database_url: str, bus: Bu
 async def ticket(gateway: Gateway, subject: str = "demo") -> str:
     answer = await gateway.ask("POST", TICKETS_PATH, headers=bearer(subject))
     assert answer.status == 201
-    issued: str = answer.json()["ticket"]
-    return issued
+    return Ticket.model_validate_json(answer.text).ticket
 
 
 async def test_a_ticket_opens_one_stream_of_its_user_and_no_second(gateway: Gateway) -> None:
