@@ -231,8 +231,8 @@ def _stream() -> dict[str, Any]:
         "operationId": "streamPortfolio",
         "summary": "The portfolio as it changes",
         "description": "Server-Sent Events, or the same over WebSocket when the request asks for that upgrade. A "
-        "client that reads slowly gets fewer events, each true when it is sent. The stream ends with its token. A browser "
-        "sends a ticket; its `Origin` must be this address or one of CORS_ALLOWED_ORIGINS.",
+        "client that reads slowly gets fewer events, each true when it is sent. The stream ends with its token. A "
+        "browser sends a ticket; its `Origin` must be this address or one of CORS_ALLOWED_ORIGINS.",
         "security": [{"bearerAuth": []}, {"streamTicket": []}],
         "parameters": [
             {

@@ -178,7 +178,7 @@ async def test_outside_the_session_prices_are_closed(database_url: str, bus: Bus
 
 
 async def test_events_are_as_described(gateway: Gateway, database: Database, bus: Bus) -> None:
-    described = {
+    described: dict[str, type[BaseModel]] = {
         "portfolio": CurrentPortfolio,
         "change": PortfolioChange,
         "heartbeat": Heartbeat,
