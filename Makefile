@@ -22,7 +22,7 @@ $(PAGE): services/api_gateway/page/package-lock.json
 	@$(RUN_PYTHON) local/install.py page
 
 help: ## this list
-	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 run: $(LOCAL) $(PAGE) ## the whole system on this machine, no Docker, no key; Ctrl-C stops it
 	@exec $(BIN)/python -m local run

@@ -39,8 +39,9 @@ _HEADERS = {
 _FORWARDING_HEADERS = ("Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-IP")
 
 
-def routes(token: SecretStr | None, *, library: Path = LIBRARY_FILE) -> list[web.RouteDef]:
-    """Return the page's routes. `library` is the chart library, which may not be installed."""
+def routes(token: SecretStr | None) -> list[web.RouteDef]:
+    """Return the page's routes, whether the chart library is installed or not."""
+    library = LIBRARY_FILE
     has_library = library.is_file()
     return [
         *(web.get(address, _file(path)) for address, path in _addresses().items()),

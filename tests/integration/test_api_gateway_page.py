@@ -89,22 +89,24 @@ def test_page_has_nothing_inline_and_asks_no_other_host() -> None:
             assert (pages.FOLDER / address.removeprefix("/page/")).is_file(), address
 
 
-@pytest.mark.parametrize("is_installed", [True, False])
-def test_page_learns_whether_the_chart_library_is_there(tmp_path: Path, is_installed: bool) -> None:
-    library = tmp_path / "library.mjs"
-    if is_installed:
-        library.write_text("export {};")
-    routes = {route.path: route for route in pages.routes(None, library=library)}
-    missing = routes[pages.LIBRARY_ADDRESS].handler.__name__ == "_library_missing"
-    assert missing is not is_installed
-
-
-def test_routes_are_those_of_the_files_that_are_there(tmp_path: Path) -> None:
+def test_routes_are_those_of_the_files_that_are_there() -> None:
     app = web.Application()
-    app.add_routes(pages.routes(None, library=tmp_path / "nothing"))
+    app.add_routes(pages.routes(None))
     paths = {resource.canonical for resource in app.router.resources()}
     modules = {f"/page/{path.name}" for path in pages.FOLDER.glob("*.js")}
     assert paths == {"/", "/page/style.css", "/page/icon.svg", "/page/start", pages.LIBRARY_ADDRESS, *modules}
+
+
+async def test_without_the_chart_library_the_page_is_told_and_the_rest_is_served(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "LIBRARY_FILE", tmp_path / "not-installed.mjs")
+    async with running(database_url) as gateway:
+        assert (await gateway.get("/page/start", None)).json()["has_chart_library"] is False
+        missing = await gateway.get(pages.LIBRARY_ADDRESS, None)
+        assert missing.status == 404
+        assert "npm ci" in missing.problem().detail
+        assert (await gateway.get("/", None)).status == 200
 
 
 # ---- the token of a demonstration ----------------------------------------------------------------

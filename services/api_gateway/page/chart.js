@@ -17,6 +17,9 @@ const TICK_FORMATS = [YEAR, MONTH, DAY, TIME, TIME]; // by the library's TickMar
 
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
+/** Return the market date that begins at an instant, as midnight in UTC: that of the midnight nearest to it. */
+const dateAt = (seconds) => Math.round(seconds / 86400) * 86400;
+
 /**
  * Return the series that is drawn: the points, and the live value as the last one.
  *
@@ -38,7 +41,7 @@ export function series(performance, liveValue, nowMs) {
   }
   let previous = Number.NEGATIVE_INFINITY;
   return points.map(({ at, value }) => {
-    const shown = daily ? at : at - new Date(at * 1000).getTimezoneOffset() * 60;
+    const shown = daily ? dateAt(at) : at - new Date(at * 1000).getTimezoneOffset() * 60;
     previous = Math.max(shown, previous + 1);
     return { time: previous, value };
   });

@@ -19,7 +19,12 @@ const sharePrice = new Intl.NumberFormat(LOCALE, {
   minimumFractionDigits: 2,
   maximumFractionDigits: 4,
 });
-const shares = new Intl.NumberFormat(LOCALE, { maximumFractionDigits: 9 });
+const shares = [9, 6, 3].map((digits) => new Intl.NumberFormat(LOCALE, { maximumFractionDigits: digits }));
+const compactPercent = new Intl.NumberFormat(LOCALE, {
+  notation: "compact",
+  maximumFractionDigits: 1,
+  signDisplay: "exceptZero",
+});
 const signedPercent = new Intl.NumberFormat(LOCALE, {
   minimumFractionDigits: 2,
   maximumFractionDigits: 2,
@@ -39,9 +44,12 @@ const typographic = (text) => text.replace("-", MINUS);
 export const amount = (value) => typographic(dollars.format(value));
 export const signedAmount = (value) => typographic(signedDollars.format(value));
 export const wholeAmount = (value) => typographic(wholeDollars.format(value));
-export const price = (value) => sharePrice.format(value);
-export const quantity = (value) => shares.format(value);
-export const percent = (value) => `${typographic(signedPercent.format(value))}%`;
+export const price = (value) => (value < 1000 ? sharePrice : dollars).format(value);
+export const percent = (value) =>
+  `${typographic((Math.abs(value) < 1e5 ? signedPercent : compactPercent).format(value))}%`;
+
+/** Return a number of shares, with fewer decimals the more there are. */
+export const quantity = (value) => shares[value < 1 ? 0 : value < 1000 ? 1 : 2].format(value);
 
 /** Return the amount in its two parts, `$1,234` and `.56`. */
 export function amountParts(value) {
@@ -61,6 +69,7 @@ export const direction = (value) => (value > 0 ? "up" : value < 0 ? "down" : "fl
 /** Return how old something is, in steps that do not flicker. */
 export function age(instant, now) {
   const seconds = Math.max(0, (now - Date.parse(instant)) / 1000);
+  if (seconds < 5) return "just now";
   if (seconds < 60) return `${Math.floor(seconds / 5) * 5} s ago`;
   if (seconds < 3600) return `${Math.floor(seconds / 60)} min ago`;
   if (seconds < 48 * 3600) return `${Math.floor(seconds / 3600)} h ago`;

@@ -1,5 +1,6 @@
 // The page: who is signed in, what the portfolio is now, and what of it is on the screen.
 
+import { allocation } from "/page/allocation.js";
 import * as api from "/page/api.js";
 import * as charts from "/page/chart.js";
 import * as format from "/page/format.js";
@@ -126,13 +127,14 @@ function begin(calls, token, first) {
 function newSession(calls, first) {
   let portfolio = first;
   let performance = null;
-  let performanceAt = 0;
+  let performanceAt = Date.now(); // asked for at the beginning
   let timeframe = document.querySelector("#timeframes input:checked").value;
   let asked = 0;
   let drawing = null;
   let frame = 0;
   let chartTimer = 0;
   const rows = table($("positions-rows"));
+  const shares = allocation($("allocation"));
   const ended = new AbortController();
 
   // ---- what is on the screen
@@ -148,6 +150,7 @@ function newSession(calls, first) {
     $("gain").dataset.sign = format.direction(gains);
     $("simulated").hidden = !portfolio.simulated;
     rows.show(portfolio.positions, now);
+    shares.show(portfolio);
     $("positions").hidden = portfolio.positions.length === 0;
     $("positions-empty").hidden = portfolio.positions.length + portfolio.unpriced.length > 0;
     write("positions-count", portfolio.positions.length ? String(portfolio.positions.length) : "");
@@ -161,6 +164,7 @@ function newSession(calls, first) {
     $("unpriced").hidden = portfolio.unpriced.length === 0;
     write("unpriced-count", String(portfolio.unpriced.length));
     showUnpriced($("unpriced-rows"), portfolio.unpriced);
+    shares.begin(portfolio);
     show();
   }
 

@@ -13,6 +13,7 @@ const REASONS = {
   no_price: "The feed has had no price for it yet.",
   value_out_of_range: "Its value would be a trillion dollars or more.",
 };
+const USUAL_LENGTH_MAX = 14; // of a number, in characters; longer ones are set smaller
 const TINT_MS = 900;
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -68,6 +69,9 @@ export function table(body) {
     write(cells.value, amount(position.current_value));
     write(cells.gain, signedAmount(position.unrealized_gain_loss));
     write(cells["gain-percent"], percent(position.unrealized_gain_loss_percent));
+    cells.shares.title = `${position.shares} shares, cost ${amount(position.cost_basis)}`;
+    const long = ["price", "value", "gain"].some((column) => cells[column].textContent.length > USUAL_LENGTH_MAX);
+    entry.row.dataset.length = long ? "long" : "usual";
     const sign = direction(position.unrealized_gain_loss);
     cells.gain.dataset.sign = cells["gain-percent"].dataset.sign = sign;
     if (before) {
