@@ -79,6 +79,9 @@ async def test_one_command_shows_a_screen_whose_curl_works_and_a_second_run_keep
             for curl in curls
         ]
         current, chart = answers
+        (address,) = re.findall(r"^  page +(\S+)$", first.screen, flags=re.MULTILINE)
+        start = json.loads(subprocess.check_output(["curl", "--silent", f"{address}/page/start"]))
+        assert start["token"].count(".") == 2  # a token of the demo user's own, made at the same start
         assert current["price_fresh"] is True
         assert current["simulated"] is True
         assert {"BRK.B", "BTC/USD"} <= {position["ticker"] for position in current["positions"]}

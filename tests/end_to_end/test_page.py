@@ -473,16 +473,27 @@ async def test_where_no_stream_is_offered_the_page_asks_by_turns_and_says_so(
         await visiting.see("#total", "$23,251.50")
 
 
-async def test_refusal_to_refresh_so_soon_is_said_with_the_time_to_wait(
-    browser: Browser, database_url: str, bus: Bus
-) -> None:
-    async def refuse(route: Route) -> None:
-        await route.fulfill(status=429, headers={"Retry-After": "7"}, json={"title": "Too soon"})
+async def test_refresh_says_what_came_of_it(browser: Browser, database_url: str, bus: Bus) -> None:
+    answers: list[dict[str, Any]] = [
+        {"status": 429, "headers": {"Retry-After": "7"}, "json": {"title": "Too soon"}},
+        {"status": 200, "json": {"symbols": 2, "confirmed": 2}},
+    ]
+
+    async def answer(route: Route) -> None:
+        await route.fulfill(**answers.pop(0))
 
     async with demonstration(browser, database_url, bus) as visiting:
+        await visiting.page.clock.install()
+        await visiting.page.reload()
         await visiting.see("#connection-name", "Live")
-        await visiting.page.route("**/api/portfolio/refresh-prices", refuse)
         button = visiting.page.get_by_role("button", name="Refresh prices")
+        await button.click()  # and no price feeder is there to answer
+        await visiting.see("#refresh-outcome", "Not possible now")
+        await visiting.page.clock.fast_forward(5000)
+        await visiting.page.route("**/api/portfolio/refresh-prices", answer)
         await button.click()
         await visiting.see("#refresh-outcome", "Again in 7 s")
         await expect(button).to_be_disabled()
+        await visiting.page.clock.fast_forward(7000)
+        await button.click()
+        await visiting.see("#refresh-outcome", "All prices confirmed")

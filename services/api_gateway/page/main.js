@@ -5,7 +5,7 @@ import * as api from "/page/api.js";
 import * as charts from "/page/chart.js";
 import * as format from "/page/format.js";
 import { follow } from "/page/live.js";
-import { showUnpriced, table, tint } from "/page/positions.js";
+import { showUnpriced, table, tintText } from "/page/positions.js";
 
 const TOKEN_KEY = "foliotick.token";
 const SIGNED_OUT_KEY = "foliotick.signed-out";
@@ -38,7 +38,7 @@ const REFUSALS = {
 };
 const MISSING_LIBRARY =
   "The chart needs TradingView\u2019s lightweight-charts, which is not installed. Install Node.js with npm and start " +
-  "again with `make run`; or run `npm ci` in services/api_gateway/page and restart the gateway. Everything else works.";
+  "again with `make run`; or run `npm ci` in `services/api_gateway/page` and restart the gateway. Everything else works.";
 
 const $ = (id) => document.getElementById(id);
 
@@ -244,8 +244,13 @@ function newSession(calls, first) {
     chartTimer = setTimeout(loadPerformance, CHART_AGE_MS);
   }
 
+  /** Show a text in the chart's place; what stands between backticks is code. */
   function showChartMessage(text) {
-    $("chart-message").textContent = text;
+    const parts = text.split("`").map((part, index) => {
+      if (index % 2 === 0) return part;
+      return Object.assign(document.createElement("code"), { textContent: part });
+    });
+    $("chart-message").firstElementChild.replaceChildren(...parts);
     $("chart-message").hidden = false;
   }
 
@@ -327,7 +332,7 @@ function showTotal(value) {
   write("total-dollars", whole);
   write("total-cents", cents);
   $("total").dataset.length = whole.length > 15 ? "huge" : whole.length > 11 ? "long" : "usual";
-  if (totalShown !== null) tint($("total"), Math.sign(value - totalShown));
+  if (totalShown !== null) tintText($("total-cents"), Math.sign(value - totalShown));
   totalShown = value;
 }
 
@@ -350,7 +355,7 @@ function showConnection({ name, retryAt }) {
 /** The seconds stand beside the status, so that a screen reader hears the status alone. */
 function countDown() {
   const seconds = wait.until === null ? 0 : Math.max(0, Math.ceil((wait.until - Date.now()) / 1000));
-  write("connection-wait", seconds > 0 ? ` in ${seconds} s` : "");
+  write("connection-wait", seconds > 0 ? `in ${seconds} s` : "");
 }
 
 async function refreshPrices(calls, ended) {

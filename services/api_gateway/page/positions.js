@@ -17,14 +17,20 @@ const USUAL_LENGTH_MAX = 14; // of a number, in characters; longer ones are set 
 const TINT_MS = 900;
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
+function fade(element, property, colour) {
+  if (calm.matches || document.hidden) return;
+  const from = getComputedStyle(document.documentElement).getPropertyValue(colour).trim();
+  element.animate([{ [property]: from, offset: 0 }], { duration: TINT_MS, easing: "ease-out" });
+}
+
 /** Tint a cell for a moment, unless the viewer wants no motion. */
 export function tint(element, sign) {
-  if (calm.matches || sign === 0 || document.hidden) return;
-  const colour = getComputedStyle(document.documentElement).getPropertyValue(sign > 0 ? "--tint-up" : "--tint-down");
-  element.animate([{ backgroundColor: colour.trim() }, { backgroundColor: "transparent" }], {
-    duration: TINT_MS,
-    easing: "ease-out",
-  });
+  if (sign !== 0) fade(element, "backgroundColor", sign > 0 ? "--tint-up" : "--tint-down");
+}
+
+/** Colour a text for a moment: for what changes with every price, and is large. */
+export function tintText(element, sign) {
+  if (sign !== 0) fade(element, "color", sign > 0 ? "--up" : "--down");
 }
 
 function write(element, text) {
