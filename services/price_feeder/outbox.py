@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import lru_cache
 
 from services.price_feeder import metrics
 from services.price_feeder.lease import Lease
@@ -25,6 +26,7 @@ BATCH_MAX = 256
 CONFIRMED_MAX = 2000
 """Symbols in one confirmation: 20 KB."""
 LAST_STATUS_SECONDS_MAX = 2.0
+SUBJECTS_REMEMBERED_MAX = 10_000
 
 log = logs.get_logger()
 
@@ -116,7 +118,8 @@ class Outbox:
         failed = await self._bus.publish_all([_outgoing(tick, term) for tick in ticks])
         unacknowledged = {outgoing.subject for outgoing, _ in failed}
         for tick in ticks:
-            if self._ticks.get(tick.symbol) is tick and price_subject(tick.symbol) not in unacknowledged:
+            subject, _ = _subject_and_token(tick.symbol)
+            if self._ticks.get(tick.symbol) is tick and subject not in unacknowledged:
                 del self._ticks[tick.symbol]
         return not failed
 
@@ -143,8 +146,14 @@ def _outgoing(tick: PriceTick, term: int) -> Outgoing:
 
     So the stream drops a second copy, but not what a new holder of the lease publishes to be sure.
     """
-    change = f"{symbol_token(tick.symbol)}.{tick.sequence}.{tick.received_at.timestamp():.6f}.{term}"
-    return Outgoing(price_subject(tick.symbol), tick, change)
+    subject, token = _subject_and_token(tick.symbol)
+    change = f"{token}.{tick.sequence}.{tick.received_at.timestamp():.6f}.{term}"
+    return Outgoing(subject, tick, change)
+
+
+@lru_cache(maxsize=SUBJECTS_REMEMBERED_MAX)
+def _subject_and_token(symbol: str) -> tuple[str, str]:
+    return price_subject(symbol), symbol_token(symbol)
 
 
 def _batches(symbols: list[str]) -> Iterator[list[str]]:

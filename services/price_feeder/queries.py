@@ -131,7 +131,7 @@ stored AS (
     WHERE EXCLUDED.traded_at >= cached.traded_at
         OR (EXCLUDED.feed = 'simulated') <> (cached.feed = 'simulated')
         OR (cached.symbol, cached.traded_at) IN (SELECT * FROM unnest($10::text[], $11::timestamptz[]))
-    RETURNING symbol, price, traded_at, received_at, feed, sequence, received_at = $5 AS changed
+    RETURNING symbol, sequence, received_at = $5 AS changed
 )
 SELECT lease.holds, stored.*
 FROM (SELECT EXISTS (SELECT FROM held) AS holds) AS lease
@@ -235,10 +235,13 @@ async def store_trades(
     )
     if not rows[0]["holds"]:
         raise LeaseLost(f"term {term.number} is over")
-    rows = [row for row in rows if row["symbol"] is not None]
-    return Stored(
-        tuple(_tick(row) for row in rows if row["changed"]), frozenset(row["symbol"] for row in rows)
+    if rows[0]["symbol"] is None:
+        return Stored((), frozenset())
+    stored = {trade.symbol: trade for trade in batch}
+    changed = (
+        _stored_tick(stored[symbol], received_at, sequence) for _, symbol, sequence, is_new in rows if is_new
     )
+    return Stored(tuple(changed), frozenset(row["symbol"] for row in rows))
 
 
 async def acquire_lease(database: Database, holder: str, lasts: timedelta) -> tuple[Term | None, str | None]:
@@ -281,6 +284,18 @@ async def cached_prices(database: Database, symbols: Sequence[str]) -> dict[str,
 async def cached_price(database: Database, symbol: str) -> CachedPrice | None:
     """Return the cached price of `symbol`, or None when it has none."""
     return (await cached_prices(database, [symbol])).get(symbol)
+
+
+def _stored_tick(trade: LastTrade, received_at: datetime, sequence: int) -> PriceTick:
+    """Return the tick of a stored trade. What it is made of has been judged: no need to validate it again."""
+    return PriceTick.model_construct(
+        symbol=trade.symbol,
+        price=trade.price,
+        traded_at=trade.traded_at,
+        received_at=received_at,
+        feed=trade.feed,
+        sequence=sequence,
+    )
 
 
 def _tick(row: asyncpg.Record) -> PriceTick:

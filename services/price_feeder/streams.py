@@ -52,8 +52,12 @@ WEBSOCKET = {
     "close_timeout": CLOSE_SECONDS_MAX,
     "max_size": 1024 * 1024,
     "max_queue": 64,
+    "compression": None,
 }
-"""A socket on which neither a frame nor a pong comes is given up after ten seconds; memory is bounded."""
+"""A socket on which neither a frame nor a pong comes is given up after ten seconds; memory is bounded.
+
+Unpacking would cost more of a core than all else that is done with a trade, and 5,000 trades a second are 600 KB.
+"""
 
 PATHS = {
     "iex": "/v2/iex",

@@ -33,11 +33,19 @@ from shared.bus import Bus
 from shared.clock import utc_now
 from shared.database import Database
 from shared.market_calendar import Calendar
-from shared.messages import FEED_STATUS, FeedStatus, PriceTick, price_subject
+from shared.market_hours import MarketHours
+from shared.messages import (
+    FEED_STATUS,
+    PRICES_CONFIRMED,
+    FeedStatus,
+    PricesConfirmed,
+    PriceTick,
+    price_subject,
+)
 from tests.factories import create_user, set_position, set_price
 from tests.integration.fake_alpaca import FakeAlpaca, answers, hangs, running_fake, trade
 from tests.integration.leases import held_lease
-from tests.market import open_now
+from tests.market import closed_now, open_now
 from tests.waiting import eventually
 
 TEN = datetime(2026, 3, 2, 15, 0, 0, tzinfo=UTC)
@@ -74,13 +82,17 @@ async def lease(database: Database) -> AsyncIterator[Lease]:
         yield held
 
 
-NewFeed = Callable[[], Feed]
+NewFeed = Callable[..., Feed]
 
 
 @pytest.fixture
 def new_feed(database: Database, bus: Bus, market: MarketData, lease: Lease) -> NewFeed:
-    """Return what makes a feed, to which the market is open."""
-    return lambda: Feed(database, bus, market, lease, calendar=Calendar(open_now()))
+    """Return what makes a feed, to which the market is open if it is not given another calendar."""
+
+    def new(calendar: Calendar | None = None) -> Feed:
+        return Feed(database, bus, market, lease, calendar=calendar or Calendar(open_now()))
+
+    return new
 
 
 @pytest.fixture
@@ -375,6 +387,111 @@ async def test_nothing_held_is_no_failure(
     assert (await new_feed().take_round(asyncio.Event())).outcome == "idle"
     assert (await last_status(js)).state == "polling"
     assert alpaca.asked == []
+
+
+async def test_round_confirms_what_it_knows_to_be_the_last(
+    database: Database, alpaca: FakeAlpaca, js: JetStreamContext, new_feed: NewFeed
+) -> None:
+    await create_user(database, positions={"AAPL": ("1", "1"), "GONE": ("1", "1")})
+    alpaca.trades = {"AAPL": trade("200.5")}
+    feeder = new_feed()
+    await feeder.take_round(asyncio.Event())
+    await feeder.take_round(asyncio.Event())
+    message = await js.get_last_msg("FEED", PRICES_CONFIRMED)
+    assert message.data is not None
+    confirmed = PricesConfirmed.model_validate_json(message.data)
+    cached = await cached_price(database, "AAPL")
+    assert cached
+    assert (confirmed.symbols, confirmed.confirmed_at) == (("AAPL",), cached.confirmed_at)
+
+
+async def test_refresh_asks_for_the_given_symbols_and_says_what_came_of_it(
+    database: Database, alpaca: FakeAlpaca, js: JetStreamContext, new_feed: NewFeed
+) -> None:
+    await create_user(database, positions={"AAPL": ("1", "1"), "MSFT": ("1", "1"), "GONE": ("1", "1")})
+    alpaca.trades = {"AAPL": trade("200.5"), "MSFT": trade("400")}
+    feeder = new_feed()
+    await feeder.take_round(asyncio.Event())
+    alpaca.trades["AAPL"] = trade("201", "2026-03-02T15:00:01Z")
+    brought = await feeder.refresh(["AAPL", "MSFT", "GONE"])
+    assert (set(brought.confirmed), set(brought.changed), brought.problem) == (
+        {"AAPL", "MSFT"},
+        {"AAPL"},
+        None,
+    )
+    assert dict(brought.rejected) == {"GONE": "missing"}
+    await feeder.outbox.publish()
+    assert str((await last_tick(js, "AAPL")).price) == "201.0000"
+
+
+# ---- sessions ------------------------------------------------------------------------------------
+
+
+async def test_trade_outside_the_session_does_not_replace_its_last_price(
+    database: Database, alpaca: FakeAlpaca, new_feed: NewFeed
+) -> None:
+    """2026-03-02 is a Monday in winter: the session is from 14:30 to 21:00 UTC."""
+    await create_user(database, positions={"AAPL": ("1", "1"), "MSFT": ("1", "1"), "BTC/USD": ("1", "1")})
+    await set_price(database, "AAPL", "200", traded_at=datetime(2026, 3, 2, 20, 59, tzinfo=UTC))
+    await set_price(database, "MSFT", "400", traded_at=datetime(2026, 2, 27, 20, 59, tzinfo=UTC))
+    await set_price(database, "BTC/USD", "30000", traded_at=datetime(2026, 3, 2, 20, 59, tzinfo=UTC))
+    after_hours = "2026-03-02T22:00:00Z"
+    alpaca.trades = {
+        "AAPL": trade("201", after_hours),
+        "MSFT": trade("401", after_hours),
+        "BTC/USD": trade("30001", after_hours),
+    }
+    done = await new_feed(Calendar(MarketHours())).take_round(asyncio.Event())
+    assert (done.changed, done.rejected) == (2, 1)
+    cached = await cached_prices(database, ["AAPL", "MSFT", "BTC/USD"])
+    assert {symbol: str(price.tick.price) for symbol, price in cached.items()} == {
+        "AAPL": "200.0000",
+        "MSFT": "401.0000",  # the cache had no trade of that session
+        "BTC/USD": "30001.0000",
+    }
+
+
+async def test_status_says_that_the_market_is_closed_unless_something_trades_always(
+    database: Database, alpaca: FakeAlpaca, js: JetStreamContext, new_feed: NewFeed
+) -> None:
+    user_id = await create_user(database, positions={"AAPL": ("1", "1")})
+    alpaca.trades = {"AAPL": trade("200.5"), "BTC/USD": trade("30000")}
+    feeder = new_feed(Calendar(closed_now()))
+    await feeder.take_round(asyncio.Event())
+    assert (await last_status(js)).state == "market_closed"
+    await set_position(database, user_id, "BTC/USD", "1")
+    await feeder.take_round(asyncio.Event())
+    assert (await last_status(js)).state == "polling"
+
+
+# ---- the lease -----------------------------------------------------------------------------------
+
+
+async def test_new_holder_of_the_lease_publishes_all_last_prices_anew(
+    database: Database, alpaca: FakeAlpaca, js: JetStreamContext, bus: Bus, market: MarketData
+) -> None:
+    """Whatever the former one has done at last: the stream does not take them for second copies."""
+    await create_user(database, positions={"AAPL": ("1", "1")})
+    alpaca.trades = {"AAPL": trade("200.5")}
+    for expected in (1, 2):
+        async with held_lease(database, f"holder {expected}") as lease:
+            await Feed(database, bus, market, lease).take_round(asyncio.Event())
+        assert await published(js) == expected
+
+
+async def test_without_the_lease_nothing_is_written_or_published(
+    database: Database, alpaca: FakeAlpaca, js: JetStreamContext, bus: Bus, market: MarketData
+) -> None:
+    await create_user(database, positions={"AAPL": ("1", "1")})
+    alpaca.trades = {"AAPL": trade("200.5")}
+    async with held_lease(database) as lease:
+        feeder = Feed(database, bus, market, lease)
+        await database.fetch("UPDATE leases SET term = term + 1")
+        assert lease.holds()  # it does not know yet
+        assert (await feeder.take_round(asyncio.Event())).outcome == "lost"
+        assert not lease.holds()
+    assert await cached_price(database, "AAPL") is None
+    assert await published(js) == 0
 
 
 # ---- outages -------------------------------------------------------------------------------------
