@@ -12,7 +12,7 @@ async def main():
     start = ConsumerConfig(deliver_policy=DeliverPolicy.LAST_PER_SUBJECT)
     if 0 < position <= (await js.stream_info("PRICES")).state.last_seq:  # else it is another stream
         start = ConsumerConfig(deliver_policy=DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=position + 1)
-    prices = await js.subscribe("prices.v1.>", ordered_consumer=True, config=start)
+    prices = await js.subscribe("prices.v1.>", ordered_consumer=True, idle_heartbeat=1, config=start)
     async for message in prices.messages:
         tick, position = json.loads(message.data), message.metadata.sequence.stream
         symbol, sequence = tick["symbol"], tick["sequence"]
