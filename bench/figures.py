@@ -1,5 +1,7 @@
 """A measured figure beside the seed's way and the limit, and its goal."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from statistics import median
 from typing import Any, Self
@@ -83,6 +85,11 @@ class Measured:
 
 def middle(values: list[float]) -> float:
     return median(values)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the smallest value that at least `share` of the values do not exceed."""
+    return sorted(values)[max(math.ceil(len(values) * share) - 1, 0)]
 
 
 _HEADER = ("what", "unit", "ours", "seed", "x", "limit", "share", "goal", "")

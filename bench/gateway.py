@@ -4,9 +4,6 @@ Elapsed time says more about the machine's other tenants and about the client, w
 """
 
 import asyncio
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,17 +14,17 @@ import psutil
 
 from bench.data import POSITIONS, SLOT, recent_history, refresh_prices
 from bench.figures import Figure, Measured, middle
+from bench.processes import cpu_seconds, memory_mb, running, wait_for_port
 from bench.progress import progress
 from bench.server import Databases
 from bench.sizes import Size
 from bench.snapshots import kept_portfolios
-from local.settings import ROOT, free_port, service_environment
+from local.settings import free_port
 from services.admin.settings import TokenSettings
 from services.admin.tokens import minted_token
 from shared.clock import last_boundary, utc_now
 
 CONNECTIONS = 64
-START_SECONDS_MAX = 30.0
 CHART_POINTS = 288
 CHART_CPU_MS_MAX = 0.5
 MEMORY_MB_MAX = 120
@@ -70,15 +67,15 @@ async def measure(server: Databases, size: Size, nats_url: str) -> Measured:
 
 
 async def _measure(size: Size, nats_url: str, ours_url: str, seed_url: str) -> Measured:
-    tokens = [_token(f"user{number}") for number in range(1, size.users + 1)]
+    tokens = [token(f"user{number}") for number in range(1, size.users + 1)]
     some = tokens[: min(size.users, 1_000)]
     with (
-        _running(["services.api_gateway"], _gateway_environment(ours_url, nats_url)) as ours,
-        _running(["bench.seed_like.app"], {"DATABASE_URL": seed_url, "JWT_SECRET": _SECRET}) as seed,
-        _running(["bench.bare_server"], {}, ours_url) as bare,
+        _running("services.api_gateway", gateway_environment(ours_url, nats_url)) as ours,
+        _running("bench.seed_like.app", {"DATABASE_URL": seed_url, "JWT_SECRET": _SECRET}) as seed,
+        _running("bench.bare_server", {}, ours_url) as bare,
     ):
         for each in (ours, seed, bare):
-            await _wait_for(each.port)
+            await wait_for_port(each.port)
         points, _ = await _asked_chart(ours.port, tokens[0])
         assert points == CHART_POINTS, points
         dear, cheap = max(size.requests // _SEED_SHARE, 1), size.requests
@@ -108,8 +105,7 @@ async def _measure(size: Size, nats_url: str, ours_url: str, seed_url: str) -> M
                 spent = await _cpu_ms(load)
                 if run > 0:  # the first one warms up
                     cpu_ms[name].append(spent)
-        memory_mb = ours.process.memory_info().rss / 1e6
-        seed_memory_mb = seed.process.memory_info().rss / 1e6
+        ours_mb, seed_mb = memory_mb(ours.process), memory_mb(seed.process)
     cpu = {name: middle(values) for name, values in cpu_ms.items()}
     unit = "ms CPU"
     return Measured(
@@ -148,7 +144,7 @@ async def _measure(size: Size, nats_url: str, ours_url: str, seed_url: str) -> M
                 share_min=0.7,
             ),
             Figure("a constant: bare aiohttp, and FastAPI", unit, cpu["constant"], cpu["constant, seed"]),
-            Figure("memory of the server process", "MB", memory_mb, seed_memory_mb, at_most=MEMORY_MB_MAX),
+            Figure("memory of the server process", "MB", ours_mb, seed_mb, at_most=MEMORY_MB_MAX),
         ],
         {},
     )
@@ -157,7 +153,7 @@ async def _measure(size: Size, nats_url: str, ours_url: str, seed_url: str) -> M
 # ---- servers -------------------------------------------------------------------------------------
 
 
-def _gateway_environment(database_url: str, nats_url: str) -> dict[str, str]:
+def gateway_environment(database_url: str, nats_url: str) -> dict[str, str]:
     return {
         "DATABASE_URL": database_url,
         "NATS_URL": nats_url,
@@ -170,40 +166,18 @@ def _gateway_environment(database_url: str, nats_url: str) -> dict[str, str]:
 
 
 @contextmanager
-def _running(module: list[str], own: dict[str, str], *arguments: str) -> Iterator[_Server]:
+def _running(module: str, environment: dict[str, str], *arguments: str) -> Iterator[_Server]:
     """Run a server as a process for the block, on a free port that it is told in both ways."""
     port = free_port()
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *module, str(port), *arguments],
-            cwd=ROOT,
-            env=service_environment({"GATEWAY_PORT": str(port), **own}),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            yield _Server(psutil.Process(process.pid), port)
-        finally:
-            process.terminate()
-            process.wait(15)
-
-
-async def _wait_for(port: int) -> None:
-    async with asyncio.timeout(START_SECONDS_MAX):
-        while True:
-            try:
-                _, writer = await asyncio.open_connection("127.0.0.1", port)
-            except OSError:
-                await asyncio.sleep(0.05)
-            else:
-                writer.close()
-                return
+    with running(module, {"GATEWAY_PORT": str(port), **environment}, str(port), *arguments) as process:
+        yield _Server(process, port)
 
 
 # ---- requests ------------------------------------------------------------------------------------
 
 
-def _token(subject: str) -> str:
+def token(subject: str) -> str:
+    """Return a bearer token that the gateway of `gateway_environment` trusts."""
     return minted_token(
         TokenSettings.model_validate({"jwt_secret": _SECRET}),
         subject,
@@ -224,11 +198,9 @@ def _requests(path: str, tokens: Sequence[str], count: int, *, if_none_match: st
 
 async def _cpu_ms(load: _Load) -> float:
     """Send the load's requests; return the CPU milliseconds per request, of user and kernel mode."""
-    before = load.server.process.cpu_times()
+    before = cpu_seconds(load.server.process)
     await _send(load.server.port, load.requests, load.status)
-    after = load.server.process.cpu_times()
-    spent = after.user + after.system - before.user - before.system
-    return spent * 1000 / len(load.requests)
+    return (cpu_seconds(load.server.process) - before) * 1000 / len(load.requests)
 
 
 async def _send(port: int, requests: list[bytes], status: int) -> None:

@@ -25,6 +25,11 @@ class Size:
     requests: int
     """HTTP requests in one run of a cheap answer; an expensive one gets a part of them."""
     uncached_requests: int
+    tick_seconds: float
+    """How long the feeder has each load."""
+    stream_clients: int
+    stream_seconds: float
+    """How long that many clients watch."""
     server_settings: dict[str, str]
 
 
@@ -60,6 +65,9 @@ FULL = Size(
     storage_slots=576,
     requests=8_000,
     uncached_requests=2_000,
+    tick_seconds=60,
+    stream_clients=1_000,
+    stream_seconds=600,
     server_settings=_LARGE,
 )
 QUICK = Size(
@@ -78,6 +86,9 @@ QUICK = Size(
     storage_slots=144,
     requests=2_000,
     uncached_requests=300,
+    tick_seconds=10,
+    stream_clients=1_000,
+    stream_seconds=20,
     server_settings=_DURABLE,
 )
 MINI = Size(
@@ -96,6 +107,9 @@ MINI = Size(
     storage_slots=12,
     requests=128,
     uncached_requests=64,
+    tick_seconds=2,
+    stream_clients=100,
+    stream_seconds=2,
     server_settings=_DURABLE | {"fsync": "off", "synchronous_commit": "off"},  # for tests, which only run it
 )
 SIZES = {size.name: size for size in (FULL, QUICK, MINI)}

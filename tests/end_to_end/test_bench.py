@@ -7,7 +7,7 @@ from pathlib import Path
 
 from local.settings import ROOT
 
-RUN_SECONDS_MAX = 300  # about 30 on a machine that does nothing else
+RUN_SECONDS_MAX = 300  # about 60 on a machine that does nothing else
 # Of each part: how many figures there are, how many beside the seed's way, how many beside a limit.
 FIGURES = {
     "snapshots": (3, 2, 3),
@@ -15,6 +15,8 @@ FIGURES = {
     "charts": (15, 14, 13),
     "rollups": (3, 0, 2),
     "gateway": (6, 6, 3),
+    "ticks": (7, 0, 5),
+    "streams": (7, 0, 6),
 }
 SERIES = {"snapshots": {"ours", "limit", "seed"}, "storage": {"ours", "seed"}, "charts": {"ours", "seed"}}
 
@@ -34,11 +36,13 @@ def test_every_figure_is_measured_and_the_data_is_kept_for_the_next_run(tmp_path
     assert saved["size"] == "mini"
     for part, expected in FIGURES.items():
         figures = saved["parts"][part]["figures"]
-        assert all(figure["ours"] > 0 for figure in figures), part
+        assert all(figure["ours"] > 0 or figure.get("at_most") == 0 for figure in figures), part
         beside = [sum(way in figure for figure in figures) for way in ("seed_like", "limit")]
         assert (len(figures), *beside) == expected, part
         for figure in figures:
             assert figure["what"] in first.stdout
+    for figure in saved["parts"]["ticks"]["figures"]:  # no machine is too slow for prices that are right
+        assert figure["ours"] == 0 or figure.get("at_most") != 0, figure
     for part, names in SERIES.items():
         series = saved["parts"][part]["series"]
         assert set(series) == names

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.figures import Figure, table
+from bench.figures import Figure, percentile, table
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,11 @@ def test_goal_is_reached_on_its_bound_and_missed_beyond_it(
 def test_goal_without_what_it_compares_with_is_missed() -> None:
     assert Figure("x", "ms", 2.0, times_min=1).reached is False
     assert Figure("x", "ms", 2.0, share_min=0.1).reached is False
+
+
+def test_percentile_is_a_value_that_so_many_do_not_exceed() -> None:
+    values = [40.0, 10.0, 30.0, 20.0]
+    assert [percentile(values, share) for share in (0.25, 0.5, 0.51, 0.99)] == [10, 20, 30, 40]
 
 
 def test_table_shows_ways_ratios_and_verdict() -> None:
