@@ -1,8 +1,11 @@
-"""The price feeder: on every interval, asks Alpaca for the last trade of every held symbol.
+"""The price feeder: hears Alpaca's trades, and on every interval asks for the last trade of every held symbol.
 
-Reads `positions` (which symbols are held) and Alpaca's market data. Writes `asset_prices`. Publishes the changed
-`PriceTick`s after the commit (`prices.v1.>`) and `FeedStatus` on a change (`feed.v1.status`). Answers what symbols cost
-(`feed.v1.prices_requested`), and asks for a user's prices when he wants them now (`feed.v1.refresh_requested`).
+Of several on one database the one that has the lease works; the others stand by.
+
+Reads `positions` (which symbols are held), Alpaca's market data, streams and calendar. Writes `asset_prices`, `leases`,
+`market_days` and `refreshes`. Publishes the changed `PriceTick`s after the commit (`prices.v1.>`), `PricesConfirmed`
+after every round (`feed.v1.confirmed`) and `FeedStatus` on a change (`feed.v1.status`). Answers what symbols cost
+(`feed.v1.prices_requested`), and asks the market at once for who wants that (`feed.v1.refresh_requested`).
 
 The seed's PriceService, and where its methods are here:
 

@@ -86,7 +86,7 @@ async def run(feed: "Feed", interval: timedelta, over: asyncio.Event) -> None:
         tasks.create_task(_cancel_when(over, beside))
         async for _ in clock.aligned_ticks(interval, over):
             await lifecycle.finish(feed.take_round(over), over, stop_seconds_max=STOP_SECONDS_MAX)
-    await feed.say_stopped()
+    await feed.say_ended()
 
 
 async def _cancel_when(over: asyncio.Event, tasks: Iterable[asyncio.Task[None]]) -> None:
@@ -383,11 +383,12 @@ class Feed:
     def _stream_states(self) -> dict[str, str]:
         return self.streaming.states if self.streaming else {}
 
-    async def say_stopped(self) -> None:
-        """Publish that no more prices come from here; once, and only while nobody else has the lease."""
-        self.outbox.set_status(
-            FeedState.STOPPED, "the price feeder was stopped", clock.utc_now(), streamed=0, polled=0
-        )
+    async def say_ended(self) -> None:
+        """Publish that no more prices come from here; once, and only while nobody else can have the lease."""
+        state, detail = FeedState.STOPPED, "the price feeder was stopped"
+        if self._lease.has_just_run_out():
+            state, detail = FeedState.STALE, "the database does not answer: nobody feeds prices"
+        self.outbox.set_status(state, detail, clock.utc_now(), streamed=0, polled=0)
         await self.outbox.publish_last_status()
 
 

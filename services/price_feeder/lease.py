@@ -18,6 +18,8 @@ LASTS = timedelta(seconds=10)
 """How long a term lasts from its last renewal, by the clock of the database."""
 HELD_SECONDS_MAX = 8.0
 """How long its holder acts on it, by his own clock and from before he sent the renewal: he ends before others begin."""
+NOBODY_SECONDS = 1.0
+"""For so long after it has stopped, nobody else can have begun."""
 RENEW_EVERY_SECONDS = 2.5
 RENEW_AGAIN_SECONDS = 0.5
 ACQUIRE_EVERY_SECONDS = 1.0
@@ -58,6 +60,10 @@ class Lease:
     def holds(self) -> bool:
         """Tell whether the lease is held right now; cheap enough to ask before every step."""
         return now() < self._held_until
+
+    def has_just_run_out(self) -> bool:
+        """Tell whether the lease could not be renewed, so short a while ago that nobody else can have it yet."""
+        return not self.holds() and now() < self._held_until + NOBODY_SECONDS
 
     def lose(self) -> None:
         """End the term here and now: the database has said that it is over."""

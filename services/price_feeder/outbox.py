@@ -130,7 +130,8 @@ class Outbox:
 
     async def _publish_status(self) -> None:
         status = self._status
-        if status and not self._status_published and self._lease.holds():
+        may_speak = self._lease.holds() or self._lease.has_just_run_out()
+        if status and not self._status_published and may_speak:
             failed = await self._bus.publish_all([Outgoing(FEED_STATUS, status)])
             self._status_published = not failed and self._status is status
 

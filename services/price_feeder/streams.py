@@ -95,20 +95,9 @@ class StreamMute(Exception):
     """The stream says nothing though there are trades."""
 
 
-# What a peer can make alpaca-py, websockets and msgpack raise.
-_FAILURES = (
-    StreamError,
-    StreamMute,
-    WebSocketException,
-    OSError,
-    TimeoutError,
-    EOFError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-)
+_FAILURES = (StreamError, StreamMute, WebSocketException, OSError, TimeoutError, EOFError)
+# What alpaca-py meets in a greeting that is not what it expects.
+_NO_GREETING = (ValueError, TypeError, KeyError, IndexError, AttributeError)
 
 
 class StreamState(StrEnum):
@@ -151,6 +140,8 @@ class _Handshake:
             await self._start_ws()  # type: ignore[attr-defined]  # alpaca-py's
         except InvalidStatusCode as error:
             raise StreamError(error.status_code, f"answered {error.status_code}") from error
+        except _NO_GREETING as error:
+            raise StreamError(500, "answered with something that is no greeting") from error
         self.simulated = self._ws.response_headers.get(SIMULATED_HEADER, "").strip().lower() == "true"
 
     async def _auth(self) -> None:

@@ -375,7 +375,7 @@ async def test_status_follows_the_confirmation_of_prices(
     alpaca.fault = answers("500 Internal Server Error", "")
     await feeder.take_round(asyncio.Event())
     assert (await last_status(js)).state == "polling"  # confirmed less than 5 minutes ago
-    await feeder.say_stopped()
+    await feeder.say_ended()
     assert (await last_status(js)).state == "stopped"
     statuses = (await js.stream_info("FEED")).state.last_seq
     assert statuses == 3 + 1  # and the confirmation of the one round that brought a price

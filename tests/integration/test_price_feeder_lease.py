@@ -213,6 +213,25 @@ async def test_feeder_that_lost_its_lease_ends_its_streams_and_begins_anew(
         await eventually(streams_again)
 
 
+async def test_holder_without_a_database_says_stale_and_streams_no_more(
+    database: Database, bus: Bus, nats_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LASTS", timedelta(seconds=4))
+    monkeypatch.setattr(leases, "HELD_SECONDS_MAX", 2.0)
+    monkeypatch.setattr(leases, "RENEW_EVERY_SECONDS", 0.2)
+    await create_user(database, positions={"AAPL": ("1", "1")})
+    async with (
+        simulated_market(rate_limit=100_000) as market,
+        feeding(database, bus, nats_url, market.url) as fed,
+    ):
+        await fed.streams("AAPL")
+        await fed.says("live")
+        async with database.transaction() as connection:
+            await connection.execute("SELECT FROM leases FOR UPDATE")  # renewals wait for this
+            await fed.says("stale")
+            assert not (await market.control("GET", "status"))["streams"]
+
+
 # ---- processes -----------------------------------------------------------------------------------
 
 
