@@ -221,9 +221,10 @@ class Feed:
             self._confirmed_at = max((price.confirmed_at for price in cached.values()), default=None)
 
     async def _follow(self, held: list[str]) -> None:
-        """Let the streams carry what is held now."""
+        """Let the streams carry what is held now; without a count they carry what they did."""
         if self.streaming and self._selection:
-            self.streaming.follow(await self._selection.choose(held))
+            with suppress(DatabaseUnavailable):  # if it was not the count alone, the round will say so
+                self.streaming.follow(await self._selection.choose(held))
 
     # ---- the way into the cache ------------------------------------------------------------------
 
