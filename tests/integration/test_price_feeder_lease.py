@@ -268,10 +268,14 @@ async def test_standby_is_ready_streams_nothing_and_takes_over_at_once_from_one_
 ) -> None:
     ports = unused_tcp_port_factory(), unused_tcp_port_factory()
     async with two_feeders(database_url, nats_url, market, ports) as (first, second):
-        async with aiohttp.ClientSession(second.health_url) as client, client.get("/readyz") as ready:
-            assert ready.status == 200
-            said = (await ready.json())["checks"]["lease"]
-            assert said.startswith("standby: ")
+        async with aiohttp.ClientSession(second.health_url) as client:
+
+            async def is_ready_and_stands_by() -> bool:
+                async with client.get("/readyz") as ready:
+                    said: str = (await ready.json())["checks"]["lease"]
+                    return ready.status == 200 and said.startswith("standby: ")
+
+            await eventually(is_ready_and_stands_by)
         assert await open_streams(market) == 1
         assert second.logged("prices_updated") == []
         assert (await first.terminate())[0] == 0
