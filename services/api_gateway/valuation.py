@@ -7,7 +7,7 @@ away from zero, and a position of a trillion dollars or more has none. Tests com
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from decimal import ROUND_HALF_UP, Context, Decimal
 from functools import lru_cache
 
@@ -19,8 +19,6 @@ from shared.messages import PriceTick
 VALUE_LIMIT = Decimal(10) ** 12
 """A market value from here on is none: no position is worth a trillion dollars."""
 SIMULATED = "simulated"
-NUMBERED_ANEW_AFTER = timedelta(minutes=1)
-"""More than the clocks of two feeders may differ. A symbol's row that was deleted begins anew with its first tick."""
 
 _EXACT = Context(prec=60, rounding=ROUND_HALF_UP)
 """Holds every product of shares (20 digits) and a price (15), and a percentage of amounts with 18."""
@@ -37,7 +35,9 @@ class Quote:
     """A symbol's last price as this gateway knows it; shared by all portfolios that hold it."""
 
     __slots__ = (
+        "_as_of",
         "_ending",
+        "_ending_status",
         "confirmed_at",
         "feed",
         "price",
@@ -61,15 +61,9 @@ class Quote:
         self.feed = ""
         self.sequence = 0
         self.status: PriceStatus | None = None
+        self._as_of = ""
         self._ending = ""
-
-    def is_older_than(self, tick: PriceTick) -> bool:
-        """Tell whether a tick came after this price: by its number, or much later when numbers have begun anew."""
-        return (
-            self.received_at is None
-            or tick.sequence > self.sequence
-            or tick.received_at - self.received_at > NUMBERED_ANEW_AFTER
-        )
+        self._ending_status: PriceStatus | None = None
 
     def take(self, tick: PriceTick, confirmed_at: datetime) -> None:
         """Take another price; `see` it then, so that its status is known."""
@@ -80,11 +74,18 @@ class Quote:
         self.feed = tick.feed
         self.sequence = tick.sequence
         self.status = None
-        self._ending = f'"price_as_of":"{instant_text(tick.traded_at)}","price_status":"'
+        self._as_of = instant_text(tick.traded_at)
+        self._ending = ""
 
     def ending(self) -> str:
-        """Return the end of a position's JSON."""
-        return f'{self._ending}{self.status}","price_feed":{orjson.dumps(self.feed).decode()}}}'
+        """Return the end of a position's JSON; made once for all who hold the symbol."""
+        if not self._ending or self._ending_status is not self.status:
+            self._ending_status = self.status
+            self._ending = (
+                f'"price_as_of":"{self._as_of}","price_status":"{self.status}",'
+                f'"price_feed":{orjson.dumps(self.feed).decode()}}}'
+            )
+        return self._ending
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ class Holdings:
 class _Position:
     __slots__ = ("beginning", "changed_in", "cost_basis", "quote", "shares", "text", "value")
 
-    def __init__(self, holding: Holding, quote: Quote) -> None:
+    def __init__(self, holding: Holding, quote: Quote, before: "_Position | None" = None) -> None:
         self.quote = quote
         self.shares = holding.shares
         self.cost_basis = holding.cost_basis
@@ -117,7 +118,7 @@ class _Position:
             f'{{"ticker":{orjson.dumps(holding.ticker).decode()},"shares":{quantity_text(holding.shares)},'
             f'"cost_basis":{holding.cost_basis},'
         )
-        self.value: Decimal | None = None
+        self.value: Decimal | None = before.value if before else None
         self.text = ""
         self.changed_in = 0
 
@@ -154,15 +155,22 @@ class Portfolio:
         self._changes: tuple[int, int, str] = (0, 0, "")
         self._hold(holdings, quotes)
 
-    def hold(self, holdings: Holdings, quotes: Mapping[str, Quote]) -> bool:
-        """Take what is stored now; tell whether it differs from before."""
-        if holdings == self.holdings:
-            return False
-        self.holdings = holdings
+    def hold(self, holdings: Holdings, quotes: Mapping[str, Quote]) -> None:
+        """Take what is stored now."""
+        before, self.holdings = self.holdings, holdings
+        if holdings == before:
+            return
         self.version += 1
-        self._whole_since = self.version
-        self._hold(holdings, quotes)
-        return True
+        if [held.ticker for held in holdings.positions] != list(self._positions):
+            self._whole_since = self.version
+            self._hold(holdings, quotes)
+            return
+        for was, held in zip(before.positions, holdings.positions, strict=True):
+            if held != was:
+                self._positions[held.ticker] = _Position(
+                    held, quotes[held.ticker], self._positions[held.ticker]
+                )
+                self._touched.add(held.ticker)
 
     def touch(self, symbol: str) -> None:
         """Learn that the quote of a held symbol has changed."""
@@ -254,7 +262,8 @@ class Portfolio:
             priced += 1
             investment = _EXACT.add(investment, position.value)
             assert quote.confirmed_at is not None
-            newest = quote.confirmed_at if newest is None else max(newest, quote.confirmed_at)
+            if newest is None or quote.confirmed_at > newest:
+                newest = quote.confirmed_at
             is_fresh = is_fresh and quote.status is not PriceStatus.STALE
             simulated = simulated or quote.feed == SIMULATED
         if not priced:
