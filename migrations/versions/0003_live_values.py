@@ -7,6 +7,22 @@ down_revision = "0002"
 branch_labels = None
 depends_on = None
 
+NOTIFYING = (
+    ("users", "UPDATE"),
+    ("users", "DELETE"),
+    ("users", "TRUNCATE"),
+    ("positions", "INSERT"),
+    ("positions", "UPDATE"),
+    ("positions", "DELETE"),
+    ("positions", "TRUNCATE"),
+)
+_TRANSITIONS = {
+    "INSERT": "REFERENCING NEW TABLE AS new_rows",
+    "UPDATE": "REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows",
+    "DELETE": "REFERENCING OLD TABLE AS old_rows",
+    "TRUNCATE": "",
+}
+
 STATEMENTS = (
     """
     CREATE TABLE market_days (
@@ -47,42 +63,66 @@ STATEMENTS = (
     "COMMENT ON TABLE refreshes IS 'the last request of each user that was granted'",
     # ---- what changed, for who watches -------------------------------------------------------------
     # The payload is a user's id; an empty one says that too many have changed to name each. Identical ones of a
-    # transaction are one. A notification is delivered after the commit: who hears it finds the change.
+    # transaction are one. A notification is delivered after the commit: who hears it finds the change. It takes a lock
+    # of the whole server at the commit, so a statement that changes nothing of a portfolio notifies nothing.
     """
-    CREATE FUNCTION notify_portfolios() RETURNS trigger LANGUAGE plpgsql AS $$
-    DECLARE
-        changed INTEGER[];
+    CREATE FUNCTION notify_portfolios(changed INTEGER[]) RETURNS VOID LANGUAGE sql AS $$
+        SELECT pg_notify('portfolios', CASE WHEN cardinality(changed) > 100 THEN '' ELSE user_id::text END)
+        FROM unnest(changed) AS user_id
+    $$
+    """,
+    """
+    CREATE FUNCTION notify_of_users() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
-        IF TG_TABLE_NAME = 'users' THEN
-            changed := ARRAY(SELECT DISTINCT id FROM changed_rows LIMIT 101);
+        IF TG_OP = 'DELETE' THEN
+            PERFORM notify_portfolios(ARRAY(SELECT id FROM old_rows LIMIT 101));
+        ELSIF TG_OP = 'UPDATE' THEN
+            PERFORM notify_portfolios(ARRAY(
+                SELECT id
+                FROM old_rows
+                JOIN new_rows USING (id)
+                WHERE (old_rows.subject, old_rows.is_active, old_rows.cash_balance)
+                    IS DISTINCT FROM (new_rows.subject, new_rows.is_active, new_rows.cash_balance)
+                LIMIT 101
+            ));
         ELSE
-            changed := ARRAY(SELECT DISTINCT user_id FROM changed_rows LIMIT 101);
-        END IF;
-        IF cardinality(changed) > 100 THEN
             PERFORM pg_notify('portfolios', '');
-        ELSE
-            PERFORM pg_notify('portfolios', user_id::text) FROM unnest(changed) AS user_id;
         END IF;
         RETURN NULL;
     END
     $$
     """,
     # A position may be given to another user: the rows as they were and as they are name all who are concerned.
+    """
+    CREATE FUNCTION notify_of_positions() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        IF TG_OP = 'INSERT' THEN
+            PERFORM notify_portfolios(ARRAY(SELECT DISTINCT user_id FROM new_rows LIMIT 101));
+        ELSIF TG_OP = 'DELETE' THEN
+            PERFORM notify_portfolios(ARRAY(SELECT DISTINCT user_id FROM old_rows LIMIT 101));
+        ELSIF TG_OP = 'UPDATE' THEN
+            PERFORM notify_portfolios(ARRAY(
+                SELECT DISTINCT user_id
+                FROM (
+                    (TABLE old_rows EXCEPT TABLE new_rows) UNION ALL (TABLE new_rows EXCEPT TABLE old_rows)
+                ) AS different
+                LIMIT 101
+            ));
+        ELSE
+            PERFORM pg_notify('portfolios', '');
+        END IF;
+        RETURN NULL;
+    END
+    $$
+    """,
     *(
         f"""
-    CREATE TRIGGER {table}_notify_{name}
+    CREATE TRIGGER {table}_notify_{event.lower()}
     AFTER {event} ON {table}
-    REFERENCING {rows} TABLE AS changed_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION notify_portfolios()
+    {_TRANSITIONS[event]}
+    FOR EACH STATEMENT EXECUTE FUNCTION notify_of_{table}()
     """
-        for table, event, name, rows in (
-            ("users", "UPDATE", "update", "NEW"),
-            ("users", "DELETE", "delete", "OLD"),
-            ("positions", "INSERT", "insert", "NEW"),
-            ("positions", "UPDATE", "update", "NEW"),
-            ("positions", "UPDATE", "update_from", "OLD"),
-            ("positions", "DELETE", "delete", "OLD"),
-        )
+        for table, event in NOTIFYING
     ),
 )
 
@@ -93,11 +133,8 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    for table, names in (
-        ("users", ("update", "delete")),
-        ("positions", ("insert", "update", "update_from", "delete")),
-    ):
-        for name in names:
-            op.execute(f"DROP TRIGGER {table}_notify_{name} ON {table}")
+    for table, event in NOTIFYING:
+        op.execute(f"DROP TRIGGER {table}_notify_{event.lower()} ON {table}")
+    op.execute("DROP FUNCTION notify_of_users, notify_of_positions")
     op.execute("DROP FUNCTION notify_portfolios")
     op.execute("DROP TABLE refreshes, leases, market_days")

@@ -13,6 +13,7 @@ from prometheus_client import Gauge
 from services.api_gateway import charts, connections, live, openapi, pages, portfolio, refreshes, streams
 from services.api_gateway.auth import Verifier
 from services.api_gateway.charts import Charts, News
+from services.api_gateway.clients import Places
 from services.api_gateway.edge import Edge
 from services.api_gateway.live import Live, Notifications
 from services.api_gateway.pace import Pace
@@ -93,7 +94,7 @@ async def serving(settings: Settings, resources: Resources) -> AsyncIterator[Ser
     app[streams.BUS] = resources.bus
     app[refreshes.SECONDS_MAX] = settings.request_timeout_seconds
     app[streams.ALLOWED_ORIGINS] = frozenset(settings.cors_allowed_origins)
-    app[streams.STREAMS_MAX] = settings.gateway_streams_max
+    app[streams.PLACES] = Places(settings.gateway_streams_max)
     app[streams.HEARTBEAT_SECONDS] = settings.stream_heartbeat_seconds
     app.add_routes(
         [

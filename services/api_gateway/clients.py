@@ -9,6 +9,7 @@ import re
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -16,13 +17,17 @@ from typing import cast
 
 from aiohttp import HttpVersion11, WSCloseCode, WSMsgType, web
 from aiohttp.abc import AbstractStreamWriter
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter as EventCounter
+from prometheus_client import Gauge
 
+from services.api_gateway import problems
 from services.api_gateway.live import EndReason, Live, Watched
-from services.api_gateway.pace import Pace
+from services.api_gateway.pace import SPACING_SECONDS, Pace
+from services.api_gateway.problems import Problem
 from shared import logs
 from shared.clock import utc_now
 
+STREAMS_PER_USER_MAX = 20
 RETRY_MS = 2000
 """After which time an EventSource connects again."""
 SEND_BUFFER_BYTES = 64 * 1024
@@ -47,27 +52,60 @@ _SSE_HEADERS = {
 
 log = logs.get_logger()
 streams_open = Gauge("gateway_streams_open", "Portfolio streams, by transport", ["transport"])
-events_sent = Counter("gateway_stream_events", "Events sent", ["event"])
-events_held_back = Counter("gateway_stream_held_back", "Events that waited because a client did not read")
+events_sent = EventCounter("gateway_stream_events", "Events sent", ["event"])
+events_held_back = EventCounter(
+    "gateway_stream_held_back", "Events that waited because a client did not read"
+)
 _sent = {event: events_sent.labels(event) for event in ("portfolio", "change", "heartbeat", "end")}
 
 Framing = Callable[[str, str, str], bytes]
 """Makes the bytes of an event from its name, its id (empty: none) and the JSON of its data."""
 
 
+class Places:
+    """The streams that there are, and those that are about to be opened."""
+
+    def __init__(self, places_max: int) -> None:
+        self._places_max = places_max
+        self._taken: Counter[str] = Counter()
+
+    def check(self) -> None:
+        """Raise Problem when all places are taken."""
+        if self._taken.total() >= self._places_max:
+            raise Problem(problems.OVERLOADED, "There are too many streams. Try again soon.")
+
+    def take(self, subject: str) -> None:
+        """Take one for a user, to be freed; raises Problem when none is left."""
+        self.check()
+        if self._taken[subject] >= STREAMS_PER_USER_MAX:
+            raise Problem(
+                problems.TOO_MANY_STREAMS, f"A user may have {STREAMS_PER_USER_MAX} streams at once."
+            )
+        self._taken[subject] += 1
+
+    def free(self, subject: str) -> None:
+        self._taken[subject] -= 1
+        if not self._taken[subject]:
+            del self._taken[subject]
+
+
 class Client:
-    """One open stream."""
+    """One open stream. It has a place, taken by its caller, until it leaves."""
 
     def __init__(
         self,
+        live: Live,
         watched: Watched,
         pace: Pace,
+        places: Places,
         *,
         expires_at: float,
         heartbeat_seconds: float,
         last_event_id: str,
     ) -> None:
-        self.watched = watched
+        self._live = live
+        self._watched = watched
+        self._places = places
         self.over: asyncio.Future[EndReason | None] = asyncio.get_running_loop().create_future()
         """Why the stream ends; None when the client has gone."""
         self.events = 0
@@ -86,8 +124,16 @@ class Client:
         """Send what the client has not seen yet; changes follow."""
         self._transport = transport
         self._framing = framing
+        self._live.add(self._watched, self)
+        self.next_at = asyncio.get_running_loop().time() + SPACING_SECONDS
         if not self._send_changes():
             self._send_heartbeat(utc_now())
+
+    def leave(self) -> None:
+        """Give everything back; called once."""
+        self.finish(None)
+        self._live.remove(self._watched, self)
+        self._places.free(self._watched.subject)
 
     def wake(self) -> None:
         if not self._is_due and self._transport is not None:
@@ -108,7 +154,7 @@ class Client:
         if self._transport is None:
             return
         if self._transport.is_closing():
-            self._finish(None)
+            self.finish(None)
         elif now.timestamp() >= self._expires_at:
             self.end("token_expired")
         elif asyncio.get_running_loop().time() >= self._sent_at + self._heartbeat_seconds:
@@ -117,15 +163,16 @@ class Client:
     def end(self, reason: EndReason) -> None:
         if not self.over.done() and self._transport is not None and not self._transport.is_closing():
             self._write("end", "", f'{{"reason":"{reason}"}}')
-        self._finish(reason)
+        self.finish(reason)
 
-    def _finish(self, reason: EndReason | None) -> None:
+    def finish(self, reason: EndReason | None) -> None:
+        """Send nothing more."""
         if not self.over.done():
             self.over.set_result(reason)
 
     def _send_changes(self) -> bool:
         """Send what has changed since the client's version; tell whether there was anything."""
-        portfolio = self.watched.portfolio
+        portfolio = self._watched.portfolio
         assert portfolio is not None
         now = utc_now()
         version = portfolio.settle()
@@ -140,8 +187,9 @@ class Client:
         return True
 
     def _send_heartbeat(self, now: datetime) -> None:
-        portfolio = self.watched.portfolio
+        portfolio = self._watched.portfolio
         assert portfolio is not None
+        portfolio.settle()
         self._write("heartbeat", "", portfolio.pulse(now))
 
     def _write(self, event: str, event_id: str, data: str) -> None:
@@ -184,75 +232,86 @@ def _websocket_frame(event: str, event_id: str, data: str) -> bytes:
 class EventStream(web.StreamResponse):
     """A stream of events as the answer to a GET. It outlasts its handler: the edge's deadline is for its beginning."""
 
-    def __init__(self, live: Live, client: Client) -> None:
+    def __init__(self, client: Client) -> None:
         super().__init__(headers=_SSE_HEADERS)
-        self._live = live
         self._client = client
         self.force_close()
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        writer = await super().prepare(request)
-        transport = _tuned(request)
-        framing = _sse_chunk if request.version >= HttpVersion11 else _sse
-        preface = f"retry: {RETRY_MS}\n\n".encode()
-        transport.write(_chunk(preface) if framing is _sse_chunk else preface)
-        self._live.add(self._client.watched, self._client)
-        self._client.begin(transport, framing)
+        with _leaving_if_it_fails(self._client):
+            writer = await super().prepare(request)
+            transport = _tuned(request)
+            framing = _sse_chunk if request.version >= HttpVersion11 else _sse
+            preface = f"retry: {RETRY_MS}\n\n".encode()
+            transport.write(_chunk(preface) if framing is _sse_chunk else preface)
+            self._client.begin(transport, framing)
         return writer
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Wait until the stream is over."""
-        with _watching(self._live, self._client, "sse"):
-            await self._client.over
+        with _watching(self._client, "sse"):
+            await asyncio.wait({self._client.over})
         await super().write_eof(data)
 
 
 class SocketStream(web.WebSocketResponse):
     """The same over WebSocket. What the client says is not listened to, so it may say nothing."""
 
-    def __init__(self, live: Live, client: Client) -> None:
-        super().__init__(max_msg_size=WEBSOCKET_MESSAGE_BYTES_MAX, compress=False, timeout=CLOSE_SECONDS_MAX)
-        self._live = live
+    def __init__(self, client: Client) -> None:
+        super().__init__(
+            max_msg_size=WEBSOCKET_MESSAGE_BYTES_MAX,
+            compress=False,
+            timeout=CLOSE_SECONDS_MAX,
+            autoclose=False,
+        )
         self._client = client
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
-        writer = await super().prepare(request)
-        transport = _tuned(request)
-        self._live.add(self._client.watched, self._client)
-        self._client.begin(transport, _websocket_frame)
+        with _leaving_if_it_fails(self._client):
+            writer = await super().prepare(request)
+            self._client.begin(_tuned(request), _websocket_frame)
         return writer
 
     async def write_eof(self) -> None:  # type: ignore[override]  # the library's own takes nothing either
-        """Wait until the stream is over."""
-        with _watching(self._live, self._client, "websocket"):
-            hearing = asyncio.create_task(self._hear())
+        """Wait until the stream is over, and close it; the client leaves first: nothing may follow a close frame."""
+        with _watching(self._client, "websocket"):
+            hearing = asyncio.create_task(self.receive())
             self._client.over.add_done_callback(lambda _: hearing.cancel())
-            await asyncio.gather(hearing, return_exceptions=True)
-        reason = self._client.over.result() if self._client.over.done() else None
-        if not self.closed and reason is not None:
-            await self.close(code=_CLOSE_CODES[reason], message=reason.encode())
-
-    async def _hear(self) -> None:
-        """Answer pings, and return when the client closes, says something, or has gone."""
-        message = await self.receive()
-        if message.type in (WSMsgType.TEXT, WSMsgType.BINARY):
+            await asyncio.wait({hearing})
+        if self.closed:
+            return
+        if hearing.cancelled():
+            reason = self._client.over.result()
+            if reason is not None:
+                await self.close(code=_CLOSE_CODES[reason], message=reason.encode())
+        elif hearing.result().type in (WSMsgType.TEXT, WSMsgType.BINARY):
             await self.close(code=WSCloseCode.UNSUPPORTED_DATA, message=b"this stream takes no messages")
+        else:  # it wants to close, or has gone
+            await self.close()
 
 
 @contextmanager
-def _watching(live: Live, client: Client, transport: str) -> Iterator[None]:
-    """Count the stream while the block runs; in the end let the portfolio go, and say what there was."""
+def _leaving_if_it_fails(client: Client) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        client.leave()
+        raise
+
+
+@contextmanager
+def _watching(client: Client, transport: str) -> Iterator[None]:
+    """Count the stream while the block runs; in the end let the client leave, and say what there was."""
     began = time.monotonic()
     with streams_open.labels(transport).track_inprogress():
         try:
             yield
         finally:
-            live.remove(client.watched, client)
+            client.leave()
             log.info(
                 "stream_closed",
                 transport=transport,
-                reason=(client.over.done() and not client.over.cancelled() and client.over.result())
-                or "client_left",
+                reason=client.over.result() or "client_left",
                 events=client.events,
                 seconds=round(time.monotonic() - began, 1),
             )

@@ -34,6 +34,10 @@ UNWATCHED_SECONDS_MAX = 60.0
 """How long a portfolio is kept up to date after its last watcher has gone, so that it may resume."""
 UNHEARD_SECONDS = 2.0
 """How often prices are read from the database while the bus is not heard."""
+SILENT_SECONDS_MAX = 30.0
+"""When no tick and no confirmation was heard for so long, the feeder may be cut off from the bus, or rest."""
+SILENT_READ_SECONDS = 5.0
+"""How often prices are read from the database then: one statement for all symbols."""
 RETRY_SECONDS = 1.0
 READINGS_AT_ONCE_MAX = 4
 
@@ -101,8 +105,12 @@ class Live:
         self._holders: dict[str, set[Watched]] = {}
         self._quotes: dict[str, Quote] = {}
         self._quotes_by_price_subject: dict[str, Quote] = {}
+        self._unread: set[str] = set()
+        """Symbols that are heard already, but whose prices of before could not be read yet."""
         self._quotes_are_behind = False
         self._is_heard = False
+        self._heard_at = time.monotonic()
+        self._prices_read_at = 0.0
         self._readings = 0
         self._wanted = asyncio.Event()
         self._watching_symbols = asyncio.Lock()
@@ -140,10 +148,6 @@ class Live:
         watched.watchers.discard(watcher)
         watched.unwatched_since = time.monotonic()
 
-    def watchers_of(self, subject: str) -> int:
-        watched = self._by_subject.get(subject)
-        return 0 if watched is None else len(watched.watchers)
-
     @property
     def watchers(self) -> int:
         """How many watch in all."""
@@ -157,12 +161,13 @@ class Live:
     # ---- hearing the bus -------------------------------------------------------------------------
 
     def heard(self, subject: str, payload: bytes) -> None:
+        self._heard_at = time.monotonic()
         quote = self._quotes_by_price_subject.get(subject)
         try:
             if quote is not None:
                 tick = PriceTick.model_validate_json(payload)
-                if tick.symbol == quote.symbol and quote.is_older_than(tick):
-                    self._price(quote, tick, tick.received_at)
+                if tick.symbol == quote.symbol:
+                    self._hear_tick(quote, tick)
             elif subject == PRICES_CONFIRMED:
                 self._confirm(PricesConfirmed.model_validate_json(payload))
         except ValidationError as error:
@@ -176,6 +181,12 @@ class Live:
     def resumed(self) -> None:
         self._is_heard = True
         self._read_prices_soon()
+
+    def _hear_tick(self, quote: Quote, tick: PriceTick) -> None:
+        if tick.sequence > quote.sequence:
+            self._price(quote, tick, tick.received_at)
+        elif quote.received_at is not None and tick.received_at > quote.received_at:
+            self._read_prices_soon()  # its row was deleted, and numbers have begun anew: the table knows
 
     def _price(self, quote: Quote, tick: PriceTick, confirmed_at: datetime) -> None:
         quote.take(tick, confirmed_at)
@@ -233,36 +244,44 @@ class Live:
     async def _read_what_changes(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
             self._wanted.clear()
-            pause = None
-            try:
-                if self._quotes_are_behind:
-                    self._quotes_are_behind = False
-                    await self._read_prices(self._quotes)
-                behind = [
-                    watched for watched in self._by_user.values() if watched.is_behind and watched.watchers
-                ]
-                for start in range(0, len(behind), READINGS_AT_ONCE_MAX):
-                    await asyncio.gather(*map(self._read_again, behind[start : start + READINGS_AT_ONCE_MAX]))
-            except (DatabaseUnavailable, SchemaMissing):  # said by the readiness check, and by who asks
-                self._quotes_are_behind = True
-                pause = RETRY_SECONDS
-            if not self._is_heard and self._quotes:
-                self._quotes_are_behind = True
-                pause = UNHEARD_SECONDS
-            if pause is None:
+            is_all_read = await self._read_prices_again()
+            behind = [watched for watched in self._by_user.values() if watched.is_behind and watched.watchers]
+            for start in range(0, len(behind), READINGS_AT_ONCE_MAX):
+                read = await asyncio.gather(
+                    *map(self._read_again, behind[start : start + READINGS_AT_ONCE_MAX])
+                )
+                is_all_read = is_all_read and all(read)
+            if is_all_read:
                 await self._wanted.wait()
-            else:
-                await wait_for_stop(stop, pause)
+            else:  # said by the readiness check, and by who asks
+                await wait_for_stop(stop, RETRY_SECONDS)
 
-    async def _read_again(self, watched: Watched) -> None:
+    async def _read_prices_again(self) -> bool:
+        """Read the prices of all watched symbols if some may have been missed; tell whether that went well."""
+        if not self._quotes_are_behind:
+            return True
+        self._quotes_are_behind = False
+        self._prices_read_at = time.monotonic()
+        try:
+            await self._read_prices(self._quotes)
+        except (DatabaseUnavailable, SchemaMissing):
+            self._quotes_are_behind = True
+            return False
+        return True
+
+    async def _read_again(self, watched: Watched) -> bool:
+        """Read what a user holds by now; tell whether that went well."""
         async with watched.reading:
             try:
                 if watched.is_behind:
                     await self._read_holdings(watched)
+            except (DatabaseUnavailable, SchemaMissing):
+                return False
             except problems.Problem as problem:
                 is_gone = problem.kind is problems.USER_UNKNOWN
                 watched.end("user_unknown" if is_gone else "user_deactivated")
                 self._forget(watched)
+        return True
 
     async def _read_holdings(self, watched: Watched) -> None:
         """Read what the user holds; raises Problem when there is nobody to hold it."""
@@ -318,15 +337,12 @@ class Live:
             new = [symbol for symbol in symbols if symbol not in self._quotes]
             for symbol in new:
                 self._quotes[symbol] = self._quotes_by_price_subject[price_subject(symbol)] = Quote(symbol)
-            try:
-                if new:
-                    await self._read_prices(new)
-            except BaseException:
-                self._quotes_are_behind = True
-                raise
-            finally:
-                if not self._is_heard or self._quotes_are_behind:
-                    self._wanted.set()
+            self._unread.update(new)
+            unread = self._unread.intersection(symbols)
+            if unread:
+                await self._read_prices(unread)
+        if new and not self._is_heard:
+            self._read_prices_soon()
 
     def _read_prices_soon(self) -> None:
         self._quotes_are_behind = True
@@ -337,6 +353,7 @@ class Live:
         sequences = {symbol: self._quotes[symbol].sequence for symbol in symbols}
         source = replica.showing(self._database, time.monotonic())
         found = {price.symbol: price for price in await queries.prices(source, list(sequences))}
+        self._unread.difference_update(sequences)
         for symbol, sequence in sequences.items():
             quote, price = self._quotes.get(symbol), found.get(symbol)
             if quote is None:
@@ -368,7 +385,13 @@ class Live:
                 watched.wake()
         for quote in self._quotes.values():
             self._judge(quote)
-        unwatched_since_min = time.monotonic() - UNWATCHED_SECONDS_MAX
+        at = time.monotonic()
+        is_silent = at - self._heard_at > SILENT_SECONDS_MAX
+        if not self._is_heard or is_silent:
+            pause = SILENT_READ_SECONDS if self._is_heard else UNHEARD_SECONDS
+            if self._quotes and at - self._prices_read_at >= pause:
+                self._read_prices_soon()
+        unwatched_since_min = at - UNWATCHED_SECONDS_MAX
         for watched in tuple(self._by_subject.values()):
             for watcher in tuple(watched.watchers):
                 watcher.pass_second(now)
@@ -378,6 +401,7 @@ class Live:
         if not self._readings:
             for symbol in [symbol for symbol in self._quotes if not self._holders.get(symbol)]:
                 self._holders.pop(symbol, None)
+                self._unread.discard(symbol)
                 del self._quotes[symbol], self._quotes_by_price_subject[price_subject(symbol)]
 
 

@@ -7,7 +7,7 @@ from aiohttp import hdrs, web
 
 from services.api_gateway import portfolio, problems, tickets
 from services.api_gateway.auth import Identity
-from services.api_gateway.clients import Client, EventStream, SocketStream
+from services.api_gateway.clients import Client, EventStream, Places, SocketStream
 from services.api_gateway.live import Live
 from services.api_gateway.pace import Pace
 from services.api_gateway.problems import Problem
@@ -15,14 +15,13 @@ from services.api_gateway.valuation import instant_text
 from shared.bus import Bus
 from shared.clock import utc_now
 
-STREAMS_PER_USER_MAX = 20
 TICKET_PARAMETER, LAST_EVENT_ID_PARAMETER = "ticket", "last_event_id"
 
 LIVE = web.AppKey("LIVE", Live)
 PACE = web.AppKey("PACE", Pace)
 BUS = web.AppKey("BUS", Bus)
 ALLOWED_ORIGINS: web.AppKey[frozenset[str]] = web.AppKey("ALLOWED_ORIGINS")
-STREAMS_MAX = web.AppKey("STREAMS_MAX", int)
+PLACES = web.AppKey("PLACES", Places)
 HEARTBEAT_SECONDS = web.AppKey("HEARTBEAT_SECONDS", float)
 
 
@@ -39,26 +38,33 @@ async def stream(request: web.Request) -> web.StreamResponse:
     """Answer `GET /api/portfolio/stream`, with an upgrade to WebSocket when that is asked for."""
     _check_origin(request)
     parameters = portfolio.parameters(request, allowed=(TICKET_PARAMETER, LAST_EVENT_ID_PARAMETER))
+    places = request.app[PLACES]
+    places.check()  # before a ticket is used up
     identity = await _identity(request, parameters)
-    live = request.app[LIVE]
-    if live.watchers_of(identity.subject) >= STREAMS_PER_USER_MAX:
-        raise Problem(problems.TOO_MANY_STREAMS, f"A user may have {STREAMS_PER_USER_MAX} streams at once.")
-    if live.watchers >= request.app[STREAMS_MAX]:
-        raise Problem(problems.OVERLOADED, "There are too many streams. Try again soon.")
-    watched = await live.watch(identity.subject)
-    client = Client(
-        watched,
-        request.app[PACE],
-        expires_at=identity.expires_at,
-        heartbeat_seconds=request.app[HEARTBEAT_SECONDS],
-        last_event_id=request.headers.get("Last-Event-ID") or parameters.get(LAST_EVENT_ID_PARAMETER, ""),
-    )
-    if request.headers.get(hdrs.UPGRADE, "").lower() == "websocket":
-        socket_stream = SocketStream(live, client)
-        if not socket_stream.can_prepare(request):
-            raise Problem(problems.MALFORMED_REQUEST, "The WebSocket handshake is not complete.")
-        return socket_stream
-    return EventStream(live, client)
+    places.take(identity.subject)
+    try:
+        client = Client(
+            request.app[LIVE],
+            await request.app[LIVE].watch(identity.subject),
+            request.app[PACE],
+            places,
+            expires_at=identity.expires_at,
+            heartbeat_seconds=request.app[HEARTBEAT_SECONDS],
+            last_event_id=request.headers.get("Last-Event-ID") or parameters.get(LAST_EVENT_ID_PARAMETER, ""),
+        )
+        return _response(request, client)
+    except BaseException:
+        places.free(identity.subject)
+        raise
+
+
+def _response(request: web.Request, client: Client) -> web.StreamResponse:
+    if request.headers.get(hdrs.UPGRADE, "").lower() != "websocket":
+        return EventStream(client)
+    socket_stream = SocketStream(client)
+    if not socket_stream.can_prepare(request):
+        raise Problem(problems.MALFORMED_REQUEST, "The WebSocket handshake is not complete.")
+    return socket_stream
 
 
 async def _identity(request: web.Request, parameters: dict[str, str]) -> Identity:
@@ -75,5 +81,9 @@ def _check_origin(request: web.Request) -> None:
     origin = request.headers.get(hdrs.ORIGIN)
     if origin is None or origin in request.app[ALLOWED_ORIGINS]:
         return
-    if urlsplit(origin).netloc.lower() != request.headers.get(hdrs.HOST, "").lower():
+    try:
+        host = urlsplit(origin).netloc.lower()
+    except ValueError:
+        host = ""
+    if not host or host != request.headers.get(hdrs.HOST, "").lower():
         raise Problem(problems.ORIGIN_NOT_ALLOWED, "CORS_ALLOWED_ORIGINS names the origins that may.")

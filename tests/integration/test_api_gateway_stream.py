@@ -2,8 +2,10 @@
 
 import asyncio
 import hashlib
+import json
 import socket
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from datetime import timedelta
@@ -19,10 +21,12 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 from pydantic import BaseModel
 
+from services.api_gateway.live import Live
 from services.api_gateway.responses import CurrentPortfolio, Heartbeat, PortfolioChange, StreamEnd, Ticket
 from shared.bus import Bus, Outgoing
 from shared.clock import utc_now
-from shared.database import Database
+from shared.database import Database, DatabaseUnavailable
+from shared.market_calendar import Calendar
 from shared.messages import (
     PRICES_CONFIRMED,
     TICKETS,
@@ -34,7 +38,7 @@ from shared.messages import (
 )
 from tests.factories import create_user, set_position, set_price
 from tests.gateway import Gateway, bearer, running, token
-from tests.market import closed_now
+from tests.market import closed_now, open_now
 from tests.streams import PATH, sse, trade, websocket
 from tests.waiting import eventually
 
@@ -88,15 +92,15 @@ async def test_positions_and_cash_reach_the_stream_within_a_second(
 ) -> None:
     async with sse(gateway) as stream:
         await stream.next("portfolio")
-        for change in (
-            database.fetch("UPDATE users SET cash_balance = 1.00 WHERE id = $1", demo),
-            set_position(database, demo, "MSFT", "1"),  # which has no price
-            set_position(database, demo, "AAPL", "50", "7500.00"),
-            database.fetch("DELETE FROM positions WHERE ticker = 'IBM'"),
+        for change, name in (
+            (database.fetch("UPDATE users SET cash_balance = 1.00 WHERE id = $1", demo), "change"),
+            (set_position(database, demo, "MSFT", "1"), "portfolio"),  # which has no price
+            (set_position(database, demo, "AAPL", "50", "7500.00"), "change"),
+            (database.fetch("DELETE FROM positions WHERE ticker = 'IBM'"), "portfolio"),
         ):
             began = time.monotonic()
             await change
-            await stream.next("portfolio")
+            assert (await stream.next("portfolio", "change")).name == name
             assert time.monotonic() - began < 1
             assert stream.shown == await current(gateway)
         assert [position["reason"] for position in stream.shown["unpriced"]] == ["no_price"]
@@ -132,9 +136,7 @@ async def test_a_client_gets_at_most_four_events_a_second(
             arrivals.append(time.monotonic())
         await trading
         assert stream.shown == await current(gateway)
-    assert all(later - earlier > 0.2 for earlier, later in pairwise(arrivals[1:]))
-    seconds = arrivals[-1] - arrivals[0]
-    assert len(arrivals) <= 2 + 4 * seconds
+    assert all(later - earlier > 0.2 for earlier, later in pairwise(arrivals))
 
 
 async def test_an_older_tick_does_not_go_back_in_time(gateway: Gateway, database: Database, bus: Bus) -> None:
@@ -302,6 +304,7 @@ async def test_users_without_a_portfolio_are_refused(gateway: Gateway, database:
         ("https://evil.example.com", 403),
         ("http://127.0.0.1:1", 403),
         ("null", 403),
+        ("http://[", 403),
     ],
 )
 async def test_pages_of_other_origins_are_refused(
@@ -362,6 +365,27 @@ async def test_a_user_has_a_bounded_number_of_streams(gateway: Gateway) -> None:
         assert (refused.status, refused.headers["Retry-After"]) == (429, "2")
 
 
+async def test_streams_that_are_asked_for_at_once_are_bounded_too(gateway: Gateway) -> None:
+    connector = aiohttp.TCPConnector(limit=60)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        url = f"http://127.0.0.1:{gateway.port}{PATH}"
+        opened = await asyncio.gather(*(session.get(url, headers=bearer()) for _ in range(50)))
+        statuses = Counter(response.status for response in opened)
+        for response in opened:
+            response.close()
+    assert statuses == {200: 20, 429: 30}
+
+    async def are_free() -> bool:
+        return (
+            await gateway.get(PATH + "?last_event_id=x", "stranger")
+        ).status == 404 and not gateway.live.watchers
+
+    await eventually(are_free)
+    async with AsyncExitStack() as stack:
+        for _ in range(20):
+            await stack.enter_async_context(sse(gateway))
+
+
 async def test_a_gateway_has_a_bounded_number_of_streams(database_url: str, bus: Bus) -> None:
     async with running(database_url, bus=bus, gateway_streams_max=1) as gateway, sse(gateway) as stream:
         await stream.next()
@@ -401,7 +425,7 @@ async def test_a_websocket_client_that_says_something_is_shown_out(
         await stream.next()
         await (connection.send_str(said) if isinstance(said, str) else connection.send_bytes(said))
         message = await connection.receive(timeout=5)
-        assert message.type is aiohttp.WSMsgType.CLOSE
+        assert message.type is aiohttp.WSMsgType.CLOSE  # and nothing after it
         assert message.data in (aiohttp.WSCloseCode.UNSUPPORTED_DATA, aiohttp.WSCloseCode.MESSAGE_TOO_BIG)
 
 
@@ -473,11 +497,81 @@ async def test_a_client_that_leaves_is_forgotten(gateway: Gateway) -> None:
     await eventually(is_alone)
 
 
+class Failing:
+    """A source that is away when it is told so; it counts what it was asked."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.fails_for: set[object] = set()
+        self.asked: list[object] = []
+
+    async def fetch_row(self, statement: str, *args: object) -> Any:
+        asked = args[0][0] if isinstance(args[0], list) else args[0]
+        self.asked.append(asked)
+        if asked in self.fails_for:
+            raise DatabaseUnavailable("away")
+        return await self._database.fetch_row(statement, *args)
+
+
+async def test_a_price_that_could_not_be_read_is_read_for_the_next_who_asks(
+    database: Database,
+) -> None:
+    failing = Failing(database)
+    live = Live(failing, Calendar(open_now()))
+    failing.fails_for = {"AAPL", "IBM"}
+    with pytest.raises(DatabaseUnavailable):
+        await live.watch("demo")
+    failing.fails_for = set()
+    watched = await live.watch("demo")
+    assert watched.portfolio is not None
+    assert json.loads(watched.portfolio.whole(utc_now()))["total_value"] == 22750.50
+
+
+async def test_one_portfolio_that_cannot_be_read_holds_up_no_other(database: Database) -> None:
+    failing, told = Failing(database), []
+    live = Live(failing, Calendar(open_now()))
+    watched = []
+    for number in range(12):
+        await create_user(database, f"user-{number}")
+        watched.append(await live.watch(f"user-{number}"))
+
+        class Watching:
+            def wake(self, number: int = number) -> None:
+                told.append(number)
+
+            def pass_second(self, now: Any) -> None: ...
+
+            def end(self, reason: str) -> None: ...
+
+        live.add(watched[-1], Watching())
+    stop = asyncio.Event()
+    running_live = asyncio.create_task(live.run(stop))
+    failing.fails_for = {"user-0"}
+    live.changed(None)
+
+    async def are_told() -> bool:
+        return set(told) == set(range(1, 12))
+
+    await eventually(are_told)
+    failing.fails_for = set()
+
+    async def are_all_told() -> bool:
+        return 0 in told
+
+    await eventually(are_all_told)
+    stop.set()
+    await running_live
+
+
 async def test_without_the_bus_prices_are_read_from_the_database(
     database_url: str, database: Database
 ) -> None:
     async with running(database_url) as gateway, sse(gateway) as stream:
         await stream.next("portfolio")
+        began = time.monotonic()
+        await database.fetch("UPDATE users SET cash_balance = 1.00")
+        await stream.next("change")
+        assert time.monotonic() - began < 1  # of positions and cash the database tells
         await trade(database, None, "AAPL", "180.00")
         await stream.next("change")
         assert stream.shown == await current(gateway)

@@ -72,8 +72,12 @@ async def test_every_change_of_cash_and_positions_is_notified_once(
         await database.fetch("DELETE FROM users WHERE id = $1", other)
         await expect(heard, str(other))
         await database.fetch("UPDATE positions SET shares = 2 WHERE ticker = 'MSFT'")
+        await database.fetch("UPDATE positions SET shares = 2 WHERE ticker = 'AAPL'")  # which it is
+        await database.fetch("UPDATE users SET created_at = now(), cash_balance = 5")
         await database.fetch("UPDATE users SET is_active = FALSE WHERE id = $1", demo)
         await expect(heard, str(demo))
+        await database.fetch("TRUNCATE positions")
+        await expect(heard, "")
 
 
 async def test_a_statement_that_changes_many_portfolios_is_one_notification(

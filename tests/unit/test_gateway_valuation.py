@@ -1,7 +1,7 @@
 """The value of a watched portfolio: sums worked by hand, and which changes a client is told."""
 
 import json
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
@@ -143,11 +143,30 @@ def test_a_version_of_the_future_and_one_from_before_other_holdings_are_not_know
     quotes = {"A": quote("A", "1.00"), "B": quote("B", "2.00")}
     watched = portfolio("10.00", quotes, A=("1", "1"))
     assert not watched.is_known(2)
-    assert watched.hold(holdings("10.00", A=("1", "1"), B=("1", "1")), quotes)
+    watched.hold(holdings("10.00", A=("1", "1"), B=("1", "1")), quotes)
     assert not watched.is_known(1)
     assert watched.is_known(2)
-    assert not watched.hold(holdings("10.00", A=("1", "1"), B=("1", "1")), quotes)
-    assert watched.version == 2
+    watched.hold(holdings("10.00", A=("1", "1"), B=("1", "1")), quotes)
+    assert watched.settle() == 2
+
+
+def test_cash_and_shares_that_change_are_changes_and_not_the_whole() -> None:
+    quotes = {"A": quote("A", "1.00"), "B": quote("B", "2.00")}
+    watched = portfolio("10.00", quotes, A=("1", "1"), B=("1", "1"))
+    watched.hold(holdings("20.00", A=("1", "1"), B=("1", "1")), quotes)
+    watched.settle()
+    assert watched.is_known(1)
+    cash_alone = json.loads(watched.changes_since(1, NOON), parse_float=str)
+    assert (cash_alone["total_value"], cash_alone["positions"]) == ("23.00", [])
+    seen = watched.version
+    watched.hold(holdings("20.00", A=("1", "1"), B=("5", "1")), quotes)
+    watched.settle()
+    assert watched.is_known(seen)
+    bought = json.loads(watched.changes_since(seen, NOON), parse_float=str)
+    assert (bought["total_value"], [position["ticker"] for position in bought["positions"]]) == (
+        "31.00",
+        ["B"],
+    )
 
 
 def test_a_position_that_gets_its_first_price_needs_the_whole_to_be_told() -> None:
@@ -177,21 +196,6 @@ def test_one_stale_price_makes_the_portfolio_not_fresh_and_closed_ones_do_not() 
     assert json.loads(watched.whole(NOON))["price_fresh"] is True
     quotes["B"].status = PriceStatus.STALE
     assert json.loads(watched.pulse(NOON))["price_fresh"] is False
-
-
-@pytest.mark.parametrize(
-    ("sequence", "seconds", "newer"),
-    [(6, -5, True), (5, 60, False), (4, 60, False), (1, 61, True)],  # the last: the row was made anew
-)
-def test_a_price_is_newer_by_its_number_and_by_time_when_numbers_began_anew(
-    sequence: int, seconds: int, *, newer: bool
-) -> None:
-    held = quote("A", "1.00", sequence=5)
-    at = NOON + timedelta(seconds=seconds)
-    tick = PriceTick(
-        symbol="A", price=Decimal(2), traded_at=NOON, received_at=at, feed="iex", sequence=sequence
-    )
-    assert held.is_older_than(tick) is newer
 
 
 @given(
