@@ -16,7 +16,7 @@ FIGURES = {
     "rollups": (3, 0, 2),
     "gateway": (6, 6, 3),
     "ticks": (7, 0, 5),
-    "streams": (7, 0, 6),
+    "streams": (9, 0, 8),
 }
 SERIES = {"snapshots": {"ours", "limit", "seed"}, "storage": {"ours", "seed"}, "charts": {"ours", "seed"}}
 
