@@ -127,7 +127,7 @@ async def keep_up(settings: Settings, served: Served, bus: Bus, stop: asyncio.Ev
         tasks.create_task(bus.listen(SUBJECTS, served, stop))
         tasks.create_task(
             databases.listen(
-                settings.database_url.get_secret_value(),
+                (settings.database_listen_url or settings.database_url).get_secret_value(),
                 live.CHANNEL,
                 served.notifications,
                 stop,

@@ -86,6 +86,10 @@ class Settings(ServiceSettings):
         le=60,
         description="Seconds that the replica may be behind; while it is further behind, reads come from the primary.",
     )
+    database_listen_url: DatabaseUrl | None = Field(
+        default=None,
+        description="DATABASE_URL's server past any pooler of transactions, to hear what changes; unset: DATABASE_URL.",
+    )
     gateway_streams_max: int = Field(
         default=5000, ge=1, le=100_000, description="Portfolio streams that one gateway keeps open, at most."
     )
