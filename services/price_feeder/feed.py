@@ -32,7 +32,7 @@ from services.price_feeder.trades import (
 from shared import clock, lifecycle, logs
 from shared.bus import Bus
 from shared.database import Database, DatabaseUnavailable, SchemaMissing
-from shared.freshness import is_price_fresh
+from shared.freshness import PRICE_FRESH_FOR, is_price_fresh
 from shared.market_calendar import Calendar
 from shared.messages import FeedState
 
@@ -57,6 +57,8 @@ class Round:
     confirmed: int = 0
     changed: int = 0
     rejected: int = 0
+    outside: int = 0
+    """Of the confirmed ones, how many have had trades outside the session since, which do not count."""
     waiting: int = 0
     unpublished: int = 0
     simulated: bool = False
@@ -152,7 +154,12 @@ class Feed:
                 changed=done.changed,
                 rejected=done.rejected,
                 duration_ms=round(seconds * 1000),
-                **_said_if_so(waiting=done.waiting, unpublished=done.unpublished, simulated=done.simulated),
+                **_said_if_so(
+                    outside=done.outside,
+                    waiting=done.waiting,
+                    unpublished=done.unpublished,
+                    simulated=done.simulated,
+                ),
             )
         return done
 
@@ -169,7 +176,7 @@ class Feed:
             return Round("resting", unpublished=len(self.outbox))
         heard = self.streaming.streamed if self.streaming else frozenset()
         answers = await self._ask(due, stop)
-        stored, rejected, at = await self._store(answers)
+        stored, rejected, outside, at = await self._store(answers)
         self._reports.say_rejected(rejected)
         if self.streaming:
             found = {tick.symbol for tick in stored.changed if at - tick.traded_at > HEARD_WITHIN}
@@ -186,6 +193,7 @@ class Feed:
             confirmed=len(stored.confirmed),
             changed=len(stored.changed),
             rejected=len(rejected),
+            outside=outside,
             waiting=answers.waiting,
             unpublished=len(self.outbox),
             simulated=any(trade.feed == SIMULATED for trade in answers.trades),
@@ -199,7 +207,7 @@ class Feed:
         is in the answer.
         """
         answers = await self._ask(list(symbols), stop or asyncio.Event())
-        stored, rejected, at = await self._store(answers)
+        stored, rejected, _, at = await self._store(answers)
         self.outbox.confirm(sorted(stored.confirmed), at)
         self.outbox.wake()
         changed = frozenset(tick.symbol for tick in stored.changed)
@@ -236,22 +244,28 @@ class Feed:
             self._pace.feed = SIMULATED
         return answers
 
-    async def _store(self, answers: LastTrades) -> tuple[Stored, dict[str, Rejection], datetime]:
-        """Store what Alpaca answered; return what that did, every rejection, and when it was received."""
+    async def _store(self, answers: LastTrades) -> tuple[Stored, dict[str, Rejection], int, datetime]:
+        """Store what Alpaca answered.
+
+        Returns what that did, every rejection, how many prices were confirmed by trades outside the session, and when
+        the answers were received.
+        """
         async with self._storing:
-            trades, outside = await self._of_sessions(answers.trades)
+            trades, standing, behind = await self._of_sessions(answers.trades)
             at = clock.utc_now()
             stored = await queries.store_trades(
-                self._database, self._lease.term, trades, at, withdrawn=self._withdrawn
+                self._database, self._lease.term, [*trades, *standing], at, withdrawn=self._withdrawn
             )
             self._take_stored(stored, at)
+        metrics.OUTSIDE.inc(len(standing))
         streamed = self.streaming.streamed if self.streaming else frozenset()
         older = {
             trade.symbol: Rejection.OLDER
             for trade in trades
             if trade.symbol not in stored.confirmed and trade.symbol not in streamed  # the stream was quicker
         }
-        return stored, {**answers.rejected, **outside, **older}, at
+        rejected = {**answers.rejected, **dict.fromkeys(behind, Rejection.OUTSIDE_SESSION), **older}
+        return stored, rejected, len(standing), at
 
     async def store_streamed(self, batch: Mapping[str, StreamedTrade]) -> bool:
         """Store a batch of streamed trades and let it be published; return False when that may be possible later."""
@@ -260,7 +274,7 @@ class Feed:
             return True
         try:
             async with self._storing:
-                trades, _ = await self._of_sessions(
+                trades, _, _ = await self._of_sessions(
                     [trade for trade in judged if not isinstance(trade, Rejection)]
                 )
                 at = clock.utc_now()
@@ -290,8 +304,15 @@ class Feed:
             self._confirmed_at = at
             metrics.LAST_SUCCESS.set(at.timestamp())
 
-    async def _of_sessions(self, trades: list[LastTrade]) -> tuple[list[LastTrade], dict[str, Rejection]]:
-        """Leave out trades outside the session where the session's last price is there."""
+    async def _of_sessions(
+        self, trades: list[LastTrade]
+    ) -> tuple[list[LastTrade], list[LastTrade], list[str]]:
+        """Divide trades into those that count, and those outside the session where the session's last price is there.
+
+        Of the latter, returns the cached trades instead: that the venue's last trade is outside the session shows that
+        they still are the session's last, and storing them again confirms them. Symbols whose price was not confirmed
+        when the session ended come last: trades after the cached one may have been missed.
+        """
         hours = self._calendar.hours
         doubtful = [
             trade.symbol
@@ -302,17 +323,24 @@ class Feed:
             and not hours.sets_price(trade.traded_at, trade.traded_at)
         ]
         if not doubtful:
-            return trades, {}
+            return trades, [], []
         cached = await queries.cached_prices(self._database, doubtful)
-        outside = {
-            trade.symbol: Rejection.OUTSIDE_SESSION
-            for trade in trades
-            if (price := cached.get(trade.symbol))
-            and price.tick.feed != SIMULATED
-            and price.tick.traded_at < trade.traded_at
-            and not hours.sets_price(trade.traded_at, price.tick.traded_at)
-        }
-        return [trade for trade in trades if trade.symbol not in outside], outside
+        counting, standing, behind = [], [], []
+        for trade in trades:
+            price = cached.get(trade.symbol)
+            if (
+                price is None
+                or price.tick.feed == SIMULATED
+                or price.tick.traded_at >= trade.traded_at
+                or hours.sets_price(trade.traded_at, price.tick.traded_at)
+            ):
+                counting.append(trade)
+            elif price.confirmed_at > hours.last_session(trade.traded_at).closes_at - PRICE_FRESH_FOR:
+                tick = price.tick
+                standing.append(LastTrade(tick.symbol, tick.price, tick.traded_at, tick.feed))
+            else:
+                behind.append(trade.symbol)
+        return counting, standing, behind
 
     # ---- what streams bring besides trades -------------------------------------------------------
 

@@ -23,6 +23,10 @@ REQUESTS = Counter(
     ["outcome"],
 )
 REJECTED = Counter("price_feeder_rejected_symbols", "Symbols without a usable price, by reason.", ["reason"])
+OUTSIDE = Counter(
+    "price_feeder_outside_session_trades",
+    "Last trades outside the session, which confirm the session's last price.",
+)
 CHANGED = Counter("price_feeder_changed_prices", "Prices that changed.")
 LAST_SUCCESS = Gauge(
     "price_feeder_last_success_timestamp_seconds", "When a price was last confirmed, Unix time."

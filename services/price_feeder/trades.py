@@ -53,7 +53,7 @@ class Rejection(StrEnum):
     OLDER = "older"
     """Happened before the trade that the cache has: an answer out of order, or a feed that lags behind the last one."""
     OUTSIDE_SESSION = "outside_session"
-    """Happened while the market was closed, and the session's last price is there."""
+    """Happened while the market was closed, and the cache has a price of the session, though it may not be the last."""
 
 
 @dataclass(frozen=True)

@@ -442,13 +442,47 @@ async def test_trade_outside_the_session_does_not_replace_its_last_price(
         "BTC/USD": trade("30001", after_hours),
     }
     done = await new_feed(Calendar(MarketHours())).take_round(asyncio.Event())
-    assert (done.changed, done.rejected) == (2, 1)
+    assert (done.changed, done.confirmed, done.outside, done.rejected) == (2, 3, 1, 0)
     cached = await cached_prices(database, ["AAPL", "MSFT", "BTC/USD"])
     assert {symbol: str(price.tick.price) for symbol, price in cached.items()} == {
         "AAPL": "200.0000",
         "MSFT": "401.0000",  # the cache had no trade of that session
         "BTC/USD": "30001.0000",
     }
+
+
+async def test_trade_before_the_open_confirms_the_price_of_the_session_before(
+    database: Database, alpaca: FakeAlpaca, js: JetStreamContext, new_feed: NewFeed
+) -> None:
+    """So that it is not stale at the open, until a symbol that trades seldom has its first trade.
+
+    2026-03-02 is a Monday; the session before ended on Friday at 21:00 UTC. The price of MSFT was confirmed last at
+    noon of that day: later trades of it may have been missed.
+    """
+    friday = datetime(2026, 2, 27, 20, 59, tzinfo=UTC)
+    since_friday = utc_now() - friday - timedelta(minutes=0.5)
+    since_noon = utc_now() - datetime(2026, 2, 27, 17, 0, tzinfo=UTC)
+    await create_user(database, positions={"AAPL": ("1", "1"), "MSFT": ("1", "1")})
+    await set_price(database, "AAPL", "200", traded_at=friday, age=since_friday)
+    await set_price(database, "MSFT", "400", traded_at=friday - timedelta(hours=4), age=since_noon)
+    before = await cached_prices(database, ["AAPL", "MSFT"])
+    early = "2026-03-02T13:00:00Z"
+    alpaca.trades = {"AAPL": trade("201", early), "MSFT": trade("401", early)}
+    feeder = new_feed(Calendar(MarketHours()))
+    began_at = utc_now()
+    done = await feeder.take_round(asyncio.Event())
+    assert (done.changed, done.confirmed, done.outside, done.rejected) == (0, 1, 1, 1)
+    cached = await cached_prices(database, ["AAPL", "MSFT"])
+    assert cached["AAPL"].tick == before["AAPL"].tick
+    assert cached["AAPL"].confirmed_at >= began_at
+    assert cached["MSFT"] == before["MSFT"]
+    message = await js.get_last_msg("FEED", PRICES_CONFIRMED)
+    assert message.data is not None
+    confirmed = PricesConfirmed.model_validate_json(message.data)
+    assert (confirmed.symbols, confirmed.confirmed_at) == (("AAPL",), cached["AAPL"].confirmed_at)
+    brought = await feeder.refresh(["AAPL", "MSFT"])
+    assert set(brought.confirmed) == {"AAPL"}
+    assert dict(brought.rejected) == {"MSFT": "outside_session"}
 
 
 async def test_status_says_that_the_market_is_closed_unless_something_trades_always(
