@@ -19,6 +19,9 @@ CLOSE = time(16, 0)
 FEEDS_WITHOUT_SESSION = frozenset({"simulated", "overnight", "boats"})
 """Feeds of equities that have trades while the exchange is closed; with them a price is as old as it is."""
 
+CLOSING_PRINT_WITHIN = timedelta(minutes=15)
+"""So long after the close its auction's trade may be reported."""
+
 _CLOSED_DAYS_MAX = 400
 """Bound of the search for a session; the longest closure there was, in 1914, took four months."""
 _EARLY_CLOSE = re.compile(r"markets close at (\d+):(\d\d)([ap])m")
@@ -74,14 +77,17 @@ class MarketHours:
         last, following = self._sessions_around(at)
         return at < last.closes_at + after or following.opens_at - before <= at
 
-    def sets_price(self, traded_at: datetime, priced_at: datetime | None) -> bool:
+    def sets_price(
+        self, traded_at: datetime, priced_at: datetime | None, *, is_closing_print: bool = False
+    ) -> bool:
         """Tell whether a session-bound trade may take the place of one of `priced_at` (None: there is no price yet).
 
         Outside the session it may not once a trade of that last session is there, so that the session's last
-        price stays until the next open.
+        price stays until the next open. A closing auction's trade, reported soon after the close, is of the session.
         """
         last = self.last_session(traded_at)
-        return traded_at < last.closes_at or priced_at is None or priced_at < last.opens_at
+        ends_at = last.closes_at + CLOSING_PRINT_WITHIN if is_closing_print else last.closes_at
+        return traded_at < ends_at or priced_at is None or priced_at < last.opens_at
 
     def _sessions_around(self, at: datetime) -> tuple[Session, Session]:
         around = self._around

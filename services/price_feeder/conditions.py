@@ -26,6 +26,9 @@ DERIVATIVELY_PRICED = "4"
 QUALIFIED_CONTINGENT = "7"
 CORRECTED_CLOSE = "9"
 
+CLOSING_PRINT = "6"
+"""The trade of a closing auction, reported seconds or minutes after the close; it sets a price on every tape."""
+
 AVERAGE_PRICE_CTA = "B"
 """On tape C the same letter is a bunched trade, which sets a price."""
 AVERAGE_PRICE_UTP = "W"

@@ -9,6 +9,10 @@ from typing import NamedTuple
 WINDOW_SECONDS = 0.25
 
 
+CLOSING_PRINT_STAYS_NS = 15 * 60 * 1_000_000_000
+"""So long trades after a closing auction's are trades outside the session, which do not count."""
+
+
 class StreamedTrade(NamedTuple):
     """A trade as a stream sent it, not judged yet."""
 
@@ -17,6 +21,7 @@ class StreamedTrade(NamedTuple):
     """Nanoseconds since the epoch."""
     trade_id: object
     feed: str
+    is_closing_print: bool = False
 
 
 class Conflation:
@@ -35,9 +40,20 @@ class Conflation:
         return len(self._waiting)
 
     def take(self, symbol: str, trade: StreamedTrade) -> bool:
-        """Take a trade in unless a newer one is known; of the same instant the last one counts. Tell whether it did."""
+        """Take a trade in unless a newer one is known; of the same instant the last one counts. Tell whether it did.
+
+        A closing auction's that waits is not displaced by what is traded after it.
+        """
         newest = self._waiting.get(symbol) or self._gone_out.get(symbol)
         if newest is not None and trade.traded_at_ns < newest.traded_at_ns:
+            return False
+        if (
+            newest is not None
+            and newest.is_closing_print
+            and not trade.is_closing_print
+            and symbol in self._waiting
+            and trade.traded_at_ns < newest.traded_at_ns + CLOSING_PRINT_STAYS_NS
+        ):
             return False
         self._waiting[symbol] = trade
         return True
@@ -54,8 +70,15 @@ class Conflation:
         return batch
 
     def take_back(self, batch: dict[str, StreamedTrade]) -> None:
-        """Let a batch that could not be stored wait again, less what is newer by now."""
-        self._waiting = batch | self._waiting
+        """Let a batch that could not be stored wait again, less what is newer by now; a closing auction's trade stays."""
+        closing = {
+            symbol: trade
+            for symbol, trade in batch.items()
+            if trade.is_closing_print
+            and symbol in self._waiting
+            and not self._waiting[symbol].is_closing_print
+        }
+        self._waiting = batch | self._waiting | closing
 
     def last(self, symbol: str) -> StreamedTrade | None:
         """Return the last trade of a symbol that went out."""

@@ -320,7 +320,9 @@ class Feed:
             if trade.symbol not in self._withdrawn
             and self._pace.is_bound(trade.symbol)
             and trade.feed != SIMULATED
-            and not hours.sets_price(trade.traded_at, trade.traded_at)
+            and not hours.sets_price(
+                trade.traded_at, trade.traded_at, is_closing_print=trade.is_closing_print
+            )
         ]
         if not doubtful:
             return trades, [], []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgpack  # type: ignore[import-untyped]
 
-from services.price_feeder.conditions import sets_price
+from services.price_feeder.conditions import CLOSING_PRINT, sets_price
 from services.price_feeder.conflation import Conflation, StreamedTrade
 from services.price_feeder.trades import EARLIEST, FUTURE_MAX, PRICE_LIMIT
 
@@ -118,7 +118,7 @@ def hear(
             if conditions and not sets_price(conditions, message.get("z")):
                 heard.without_price += 1
             elif symbol in symbols:
-                trade = StreamedTrade(price, at_ns, message.get("i"), feed)
+                trade = StreamedTrade(price, at_ns, message.get("i"), feed, CLOSING_PRINT in conditions)
                 heard.taken += conflation.take(symbol, trade)
         except TypeError:  # a condition or a tape that is a list, say
             heard.malformed += 1

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 
+from services.price_feeder.conditions import CLOSING_PRINT
 from services.price_feeder.conflation import StreamedTrade
 from shared.messages import AssetClass, asset_class
 from shared.money import PRICE_PLACES, rounded
@@ -64,6 +65,8 @@ class LastTrade:
     price: Decimal
     traded_at: datetime
     feed: str
+    is_closing_print: bool = False
+    """It is a closing auction's, which counts to the session though it is reported after the close."""
 
 
 def symbol_problem(symbol: str) -> Rejection | None:
@@ -86,7 +89,11 @@ def last_trade(symbol: str, raw: object, *, feed: str, now: datetime) -> LastTra
     if isinstance(price, Rejection):
         return price
     traded_at = _instant(raw.get("t"), now)
-    return traded_at if isinstance(traded_at, Rejection) else LastTrade(symbol, price, traded_at, feed)
+    if isinstance(traded_at, Rejection):
+        return traded_at
+    conditions = raw.get("c")
+    is_closing_print = isinstance(conditions, list) and CLOSING_PRINT in conditions
+    return LastTrade(symbol, price, traded_at, feed, is_closing_print)
 
 
 def streamed_last_trade(symbol: str, trade: StreamedTrade) -> LastTrade | Rejection:
@@ -94,7 +101,8 @@ def streamed_last_trade(symbol: str, trade: StreamedTrade) -> LastTrade | Reject
     price = _price(trade.price)
     if isinstance(price, Rejection):
         return price
-    return LastTrade(symbol, price, _EPOCH + timedelta(microseconds=trade.traded_at_ns // 1000), trade.feed)
+    traded_at = _EPOCH + timedelta(microseconds=trade.traded_at_ns // 1000)
+    return LastTrade(symbol, price, traded_at, trade.feed, trade.is_closing_print)
 
 
 def withdrawn_price(raw: float) -> Decimal | None:

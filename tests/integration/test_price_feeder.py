@@ -451,6 +451,26 @@ async def test_trade_outside_the_session_does_not_replace_its_last_price(
     }
 
 
+async def test_closing_print_after_the_close_is_the_sessions_last_price(
+    database: Database, alpaca: FakeAlpaca, new_feed: NewFeed
+) -> None:
+    """2026-03-02 is a Monday in winter: the session ends at 21:00 UTC."""
+    await create_user(database, positions={"AAPL": ("1", "1"), "MSFT": ("1", "1")})
+    for symbol in ("AAPL", "MSFT"):
+        await set_price(database, symbol, "200", traded_at=datetime(2026, 3, 2, 20, 59, 58, tzinfo=UTC))
+    soon = "2026-03-02T21:00:07Z"
+    alpaca.trades = {"AAPL": trade("201", soon).replace('["@"]', '["@","6"]'), "MSFT": trade("201", soon)}
+    feeder = new_feed(Calendar(MarketHours()))
+    await feeder.take_round(asyncio.Event())
+    alpaca.trades["AAPL"] = trade("202", "2026-03-02T21:00:09Z")
+    await feeder.take_round(asyncio.Event())
+    cached = await cached_prices(database, ["AAPL", "MSFT"])
+    assert {symbol: str(price.tick.price) for symbol, price in cached.items()} == {
+        "AAPL": "201.0000",
+        "MSFT": "200.0000",
+    }
+
+
 async def test_trade_before_the_open_confirms_the_price_of_the_session_before(
     database: Database, alpaca: FakeAlpaca, js: JetStreamContext, new_feed: NewFeed
 ) -> None:

@@ -47,6 +47,25 @@ def test_of_trades_of_the_same_instant_the_last_one_counts() -> None:
     assert conflation.take("AAPL", trade(200.2, 5, 3))
 
 
+def test_closing_print_that_waits_is_not_displaced_by_trades_after_it() -> None:
+    conflation = Conflation()
+    closing = trade(200.0, 5)._replace(is_closing_print=True)
+    corrected = trade(200.5, 6)._replace(is_closing_print=True)
+    conflation.take("AAPL", trade(199.0, 4))
+    assert conflation.take("AAPL", closing)
+    assert not conflation.take("AAPL", trade(210.0, 6))
+    assert conflation.take("AAPL", corrected)
+    assert conflation.batch(0.0) == {"AAPL": corrected}
+    assert conflation.take("AAPL", trade(211.0, 7))  # whether it counts is for the market hours to say
+
+
+def test_closing_print_that_could_not_be_stored_is_displaced_a_quarter_of_an_hour_later() -> None:
+    conflation = Conflation()
+    conflation.take("AAPL", trade(200.0, 5)._replace(is_closing_print=True))
+    assert not conflation.take("AAPL", trade(201.0, 900_000_000_004))
+    assert conflation.take("AAPL", trade(201.0, 900_000_000_005))
+
+
 def test_batch_that_was_not_stored_waits_again_less_what_is_newer() -> None:
     conflation = Conflation()
     conflation.take("AAPL", trade(200.0, 1))
@@ -55,6 +74,16 @@ def test_batch_that_was_not_stored_waits_again_less_what_is_newer() -> None:
     conflation.take("AAPL", trade(201.0, 2))
     conflation.take_back(batch)
     assert conflation.batch(1.0) == {"AAPL": trade(201.0, 2), "MSFT": trade(400.0, 1)}
+
+
+def test_closing_print_that_was_not_stored_stays_before_what_came_since() -> None:
+    conflation = Conflation()
+    closing = trade(200.0, 5)._replace(is_closing_print=True)
+    conflation.take("AAPL", closing)
+    batch = conflation.batch(0.0)
+    conflation.take("AAPL", trade(201.0, 6))
+    conflation.take_back(batch)
+    assert conflation.batch(1.0) == {"AAPL": closing}
 
 
 def test_withdrawn_trade_does_not_go_out_and_a_forgotten_symbol_begins_anew() -> None:

@@ -57,6 +57,14 @@ def test_newest_trade_of_each_symbol_is_taken() -> None:
     }
 
 
+def test_closing_print_is_known_by_its_condition() -> None:
+    _, batch = heard_of(msgpack.packb([message(c=[" ", "6", "X"]), message("MSFT", 400.0)]))
+    assert {symbol: trade.is_closing_print for symbol, trade in batch.items()} == {
+        "AAPL": True,
+        "MSFT": False,
+    }
+
+
 def test_odd_lot_and_what_is_not_subscribed_leave_no_trace() -> None:
     frame = msgpack.packb(
         [message(c=["@", "I"]), message("TSLA"), message("BTC/USD", 29791.0, c=None, z=None)]

@@ -47,6 +47,16 @@ def test_nanoseconds_are_cut_and_offsets_turned_to_utc() -> None:
     assert trade.traded_at.tzinfo is UTC
 
 
+@pytest.mark.parametrize(
+    ("conditions", "is_closing"), [(["@", "6"], True), (["@"], False), (None, False), ("6", False)]
+)
+def test_closing_print_is_known_by_its_condition(conditions: object, is_closing: bool) -> None:
+    raw = {"p": 1, "t": "2026-03-02T14:59:59Z", "c": conditions}
+    trade = last_trade("AAPL", raw, feed="sip", now=NOW)
+    assert isinstance(trade, LastTrade)
+    assert trade.is_closing_print is is_closing
+
+
 def test_trade_of_months_ago_is_a_last_trade() -> None:
     assert isinstance(judged(1, "2025-08-01T15:00:00Z"), LastTrade)
 

@@ -166,6 +166,22 @@ def test_trade_outside_the_session_does_not_replace_the_sessions_price(
     assert MarketHours().sets_price(instant(traded_at), instant(priced_at) if priced_at else None) is may
 
 
+@pytest.mark.parametrize(
+    ("traded_at", "may"),
+    [
+        ("2026-11-27T17:59:59", True),
+        ("2026-11-27T18:00", True),
+        ("2026-11-27T18:00:07", True),
+        ("2026-11-27T18:14:59", True),
+        ("2026-11-27T18:15", False),
+        ("2026-11-30T13:00", False),
+    ],
+)
+def test_closing_print_soon_after_the_close_is_of_the_session(traded_at: str, may: bool) -> None:
+    priced_at = instant("2026-11-27T17:59:58")
+    assert MarketHours().sets_price(instant(traded_at), priced_at, is_closing_print=True) is may
+
+
 def test_crypto_and_feeds_with_hours_of_their_own_are_not_bound_to_the_session() -> None:
     bound = [
         (symbol, feed)
