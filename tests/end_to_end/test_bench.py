@@ -7,7 +7,7 @@ from pathlib import Path
 
 from local.settings import ROOT
 
-RUN_SECONDS_MAX = 300  # about 60 on a machine that does nothing else
+RUN_SECONDS_MAX = 300  # about 100 on a machine that does nothing else
 # Of each part: how many figures there are, how many beside the seed's way, how many beside a limit.
 FIGURES = {
     "snapshots": (3, 2, 3),
