@@ -70,7 +70,10 @@ class Conflation:
         return batch
 
     def take_back(self, batch: dict[str, StreamedTrade]) -> None:
-        """Let a batch that could not be stored wait again, less what is newer by now; a closing auction's trade stays."""
+        """Let a batch that could not be stored wait again, less what is newer by now.
+
+        A closing auction's trade stays before what was traded after it.
+        """
         closing = {
             symbol: trade
             for symbol, trade in batch.items()
@@ -79,10 +82,6 @@ class Conflation:
             and not self._waiting[symbol].is_closing_print
         }
         self._waiting = batch | self._waiting | closing
-
-    def last(self, symbol: str) -> StreamedTrade | None:
-        """Return the last trade of a symbol that went out."""
-        return self._gone_out.get(symbol)
 
     def withdraw(self, symbol: str, trade_id: object) -> bool:
         """Drop a trade that does not count any more; tell whether it waited here.

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 from services.price_feeder import metrics, queries
 from services.price_feeder.conflation import StreamedTrade
@@ -45,6 +46,9 @@ BUS_SECONDS_MAX = 2.0
 HEARD_WITHIN = timedelta(seconds=3)
 """A trade so old that polling finds it should have come by the stream before."""
 
+WITHDRAWAL_SETTLES = timedelta(seconds=30)
+"""A withdrawn trade that the market still calls the last one after this time counts again."""
+
 log = logs.get_logger()
 
 
@@ -74,6 +78,14 @@ class Refreshed:
     changed: frozenset[str]
     rejected: Mapping[str, Rejection]
     problem: str | None
+
+
+class _Withdrawn(NamedTuple):
+    """That a cached trade does not count any more: whatever the market answers instead takes its place."""
+
+    traded_at: datetime
+    trade_id: object
+    noted_at: datetime
 
 
 async def run(feed: "Feed", interval: timedelta, over: asyncio.Event) -> None:
@@ -127,7 +139,8 @@ class Feed:
         self._held: list[str] | None = None
         self._confirmed_at: datetime | None = None
         self._problem: str | None = None
-        self._withdrawn: dict[str, datetime] = {}
+        self._withdrawn: dict[str, _Withdrawn] = {}
+        self._trade_ids: dict[str, tuple[datetime, object]] = {}
 
     # ---- rounds ----------------------------------------------------------------------------------
 
@@ -167,6 +180,10 @@ class Feed:
         held = await queries.held_symbols(self._database)
         self._held = held
         metrics.HELD_SYMBOLS.set(len(held))
+        if len(self._trade_ids) > 2 * len(held):
+            self._trade_ids = {
+                symbol: self._trade_ids[symbol] for symbol in held if symbol in self._trade_ids
+            }
         await self._recall(held)
         await self._follow(held)
         due = self._pace.due(held, self._calendar.hours, clock.utc_now())
@@ -253,10 +270,12 @@ class Feed:
         async with self._storing:
             trades, standing, behind = await self._of_sessions(answers.trades)
             at = clock.utc_now()
+            withdrawn = {symbol: mark.traded_at for symbol, mark in self._withdrawn.items()}
             stored = await queries.store_trades(
-                self._database, self._lease.term, [*trades, *standing], at, withdrawn=self._withdrawn
+                self._database, self._lease.term, [*trades, *standing], at, withdrawn=withdrawn
             )
-            self._take_stored(stored, at)
+            self._take_stored(stored, trades, at)
+            self._settle_withdrawn(stored, trades, at)
         metrics.OUTSIDE.inc(len(standing))
         streamed = self.streaming.streamed if self.streaming else frozenset()
         older = {
@@ -281,7 +300,7 @@ class Feed:
                 stored = await queries.store_trades(
                     self._database, self._lease.term, trades, at, in_order=True
                 )
-                self._take_stored(stored, at)
+                self._take_stored(stored, trades, at)
         except (DatabaseUnavailable, SchemaMissing):  # the next round says so
             metrics.FLUSHES.labels("unstored").inc()
             return False
@@ -293,16 +312,36 @@ class Feed:
         self.outbox.wake()
         return True
 
-    def _take_stored(self, stored: Stored, at: datetime) -> None:
+    def _take_stored(self, stored: Stored, trades: Iterable[LastTrade], at: datetime) -> None:
         """Take in what is committed: from here on whoever hears a tick finds it in the table."""
         self.outbox.add(stored.changed)
         metrics.CHANGED.inc(len(stored.changed))
-        if self._withdrawn:
-            for tick in stored.changed:
-                self._withdrawn.pop(tick.symbol, None)
+        changed = {tick.symbol for tick in stored.changed}
+        for symbol in changed:
+            self._withdrawn.pop(symbol, None)
+            self._trade_ids.pop(symbol, None)
+        for trade in trades:
+            # Of trades of one instant the cached one is the one that changed the price.
+            known = self._trade_ids.get(trade.symbol)
+            if trade.symbol in stored.confirmed and (known is None or known[0] != trade.traded_at):
+                self._trade_ids[trade.symbol] = trade.traded_at, trade.trade_id
         if stored.confirmed:
             self._confirmed_at = at
             metrics.LAST_SUCCESS.set(at.timestamp())
+
+    def _settle_withdrawn(self, stored: Stored, trades: Iterable[LastTrade], at: datetime) -> None:
+        """Forget that cached trades were withdrawn for which the market answers that they are the last.
+
+        At once when it names another trade than the withdrawn one; after a while else, as what the market is asked for
+        may lag behind what it streams.
+        """
+        for trade in trades if self._withdrawn else ():
+            mark = self._withdrawn.get(trade.symbol)
+            if mark is None or trade.symbol not in stored.confirmed:
+                continue
+            is_another = trade.trade_id is not None and trade.trade_id != mark.trade_id
+            if is_another or at - mark.noted_at >= WITHDRAWAL_SETTLES:
+                del self._withdrawn[trade.symbol]
 
     async def _of_sessions(
         self, trades: list[LastTrade]
@@ -346,28 +385,32 @@ class Feed:
 
     # ---- what streams bring besides trades -------------------------------------------------------
 
-    async def withdraw(self, withdrawals: Sequence[Withdrawal]) -> None:
-        """Ask for the last trades of symbols whose cached or waiting trade does not count any more."""
+    async def withdraw(self, withdrawals: Sequence[Withdrawal]) -> set[str] | None:
+        """Note which cached or waiting trades do not count any more; return the symbols to ask for instead.
+
+        Returns None when the cache cannot be read: then nothing is noted.
+        """
         assert self.streaming is not None
         try:
             async with self._storing:
                 cached = await queries.cached_prices(self._database, [each.symbol for each in withdrawals])
         except (DatabaseUnavailable, SchemaMissing):
-            cached = {}
+            return None
         conflation = self.streaming.conflation
+        at = clock.utc_now()
         to_ask = set()
         for withdrawal in withdrawals:
             symbol = withdrawal.symbol
             if conflation.withdraw(symbol, withdrawal.trade_id):
                 to_ask.add(symbol)
             price = cached.get(symbol)
-            if price and _concerns(withdrawal, price, conflation.last(symbol)):
-                self._withdrawn[symbol] = price.tick.traded_at
+            if price and _concerns(withdrawal, price, self._trade_ids.get(symbol)):
+                self._withdrawn[symbol] = _Withdrawn(price.tick.traded_at, withdrawal.trade_id, at)
                 conflation.forget(symbol)
                 to_ask.add(symbol)
                 metrics.WITHDRAWALS.inc()
                 log.info("trade_withdrawn", symbol=symbol, price=str(price.tick.price))
-        await self.fill_gap(to_ask)
+        return to_ask
 
     async def fill_gap(self, symbols: Iterable[str]) -> None:
         """Ask for these symbols; what fails is done by the next round."""
@@ -423,13 +466,13 @@ class Feed:
         await self.outbox.publish_last_status()
 
 
-def _concerns(withdrawal: Withdrawal, cached: CachedPrice, streamed: StreamedTrade | None) -> bool:
-    """Tell whether a withdrawn trade is the cached one: by its id if that came from the stream, else by its price."""
-    if streamed is not None:
-        last = streamed_last_trade(withdrawal.symbol, streamed)
-        if isinstance(last, LastTrade) and last.traded_at == cached.tick.traded_at:
-            return streamed.trade_id == withdrawal.trade_id
-    return withdrawn_price(withdrawal.price) == cached.tick.price
+def _concerns(withdrawal: Withdrawal, cached: CachedPrice, known: tuple[datetime, object] | None) -> bool:
+    """Tell whether a withdrawn trade is the cached one: by its price, and its id (with its time) if that is known."""
+    if withdrawn_price(withdrawal.price) != cached.tick.price:
+        return False  # exchanges count their trades each for itself
+    if known is None or known[0] != cached.tick.traded_at or known[1] is None:
+        return True
+    return known[1] == withdrawal.trade_id
 
 
 def _in_words(answers: LastTrades) -> str | None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from services.price_feeder import metrics
@@ -21,8 +21,8 @@ class Sink(Protocol):
     async def store_streamed(self, batch: Mapping[str, StreamedTrade]) -> bool:
         """Store a batch, and let it be published; return False when it could not be stored and may be later."""
 
-    async def withdraw(self, withdrawals: Sequence[Withdrawal]) -> None:
-        """See to it that none of these trades stays as a price."""
+    async def withdraw(self, withdrawals: Sequence[Withdrawal]) -> Collection[str] | None:
+        """Let none of these trades stay as a price; return what to ask for instead, None when that may work later."""
 
     async def fill_gap(self, symbols: Iterable[str]) -> None:
         """Ask for what happened before these symbols were heard."""
@@ -41,13 +41,14 @@ class Streaming:
         self.conflation = Conflation()
         self._sink: Sink | None = None
         self._arrived = asyncio.Event()
-        self._attention = asyncio.Event()
-        self._gap: set[str] = set()
+        self._gap = _Wanted()
+        self._instead = _Wanted()
+        self._withdrawn = asyncio.Event()
         self._withdrawals: list[Withdrawal] = []
         listener = Listener(
             arrived=self._arrived.set,
             withdrawn=self._note_withdrawal,
-            subscribed=self._note_gap,
+            subscribed=self._gap.add,
             changed=self._note_change,
         )
         self._streams = {
@@ -99,7 +100,9 @@ class Streaming:
         try:
             async with asyncio.TaskGroup() as tasks:
                 work: list[Coroutine[Any, Any, None]] = [stream.run() for stream in self._streams.values()]
-                for each in (*work, self._flush(sink), self._attend(sink)):
+                work += [self._flush(sink), self._withdraw(sink)]
+                work += [wanted.ask(sink) for wanted in (self._gap, self._instead)]
+                for each in work:
                     tasks.create_task(each)
         finally:
             self._sink = None
@@ -118,27 +121,46 @@ class Streaming:
                     self.conflation.take_back(batch)
                     await asyncio.sleep(UNSTORED_PAUSE_SECONDS)
 
-    async def _attend(self, sink: Sink) -> None:
-        """Ask for what a stream cannot tell: trades before a subscription, and instead of withdrawn ones."""
+    async def _withdraw(self, sink: Sink) -> None:
+        """Hand on withdrawals, whatever is asked for meanwhile, until they are seen to."""
         while True:
-            await self._attention.wait()
-            self._attention.clear()
+            await self._withdrawn.wait()
+            self._withdrawn.clear()
             withdrawals, self._withdrawals = self._withdrawals, []
-            if withdrawals:
-                await sink.withdraw(withdrawals)
-            gap, self._gap = self._gap, set()
-            if gap:
-                await sink.fill_gap(gap)
+            to_ask = await sink.withdraw(withdrawals)
+            if to_ask is None:
+                self._withdrawals = [*withdrawals, *self._withdrawals][:WITHDRAWALS_MAX]
+                await asyncio.sleep(UNSTORED_PAUSE_SECONDS)
+                self._withdrawn.set()
+            else:
+                self._instead.add(to_ask)
 
     def _note_withdrawal(self, withdrawal: Withdrawal) -> None:
         if len(self._withdrawals) < WITHDRAWALS_MAX:
             self._withdrawals.append(withdrawal)
-            self._attention.set()
-
-    def _note_gap(self, symbols: Iterable[str]) -> None:
-        self._gap.update(symbols)
-        self._attention.set()
+            self._withdrawn.set()
 
     def _note_change(self) -> None:
         if self._sink is not None:
             self._sink.note_streams()
+
+
+class _Wanted:
+    """What a stream cannot tell, and is to be asked for: trades before a subscription, or instead of withdrawn ones."""
+
+    def __init__(self) -> None:
+        self._symbols: set[str] = set()
+        self._added = asyncio.Event()
+
+    def add(self, symbols: Iterable[str]) -> None:
+        self._symbols.update(symbols)
+        self._added.set()
+
+    async def ask(self, sink: Sink) -> None:
+        """Ask until cancelled, for all at once that has been added."""
+        while True:
+            await self._added.wait()
+            self._added.clear()
+            symbols, self._symbols = self._symbols, set()
+            if symbols:
+                await sink.fill_gap(symbols)

@@ -1,7 +1,7 @@
 """Alpaca's latest trades, judged one by one: a `LastTrade`, or the reason why not. Pure."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
@@ -67,6 +67,8 @@ class LastTrade:
     feed: str
     is_closing_print: bool = False
     """It is a closing auction's, which counts to the session though it is reported after the close."""
+    trade_id: object = field(default=None, compare=False)
+    """The venue's, where it is known."""
 
 
 def symbol_problem(symbol: str) -> Rejection | None:
@@ -93,7 +95,7 @@ def last_trade(symbol: str, raw: object, *, feed: str, now: datetime) -> LastTra
         return traded_at
     conditions = raw.get("c")
     is_closing_print = isinstance(conditions, list) and CLOSING_PRINT in conditions
-    return LastTrade(symbol, price, traded_at, feed, is_closing_print)
+    return LastTrade(symbol, price, traded_at, feed, is_closing_print, raw.get("i"))
 
 
 def streamed_last_trade(symbol: str, trade: StreamedTrade) -> LastTrade | Rejection:
@@ -102,7 +104,7 @@ def streamed_last_trade(symbol: str, trade: StreamedTrade) -> LastTrade | Reject
     if isinstance(price, Rejection):
         return price
     traded_at = _EPOCH + timedelta(microseconds=trade.traded_at_ns // 1000)
-    return LastTrade(symbol, price, traded_at, trade.feed, trade.is_closing_print)
+    return LastTrade(symbol, price, traded_at, trade.feed, trade.is_closing_print, trade.trade_id)
 
 
 def withdrawn_price(raw: float) -> Decimal | None:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ from nats.js import JetStreamContext
 from local.servers import nats_server
 from services.price_feeder import feed, queries
 from services.price_feeder.feed import Feed
+from services.price_feeder.frames import Withdrawal
 from services.price_feeder.lease import Lease
 from services.price_feeder.market_data import MarketData
 from services.price_feeder.queries import (
@@ -27,6 +29,7 @@ from services.price_feeder.queries import (
     cached_prices,
     held_symbols,
 )
+from services.price_feeder.streaming import Streaming
 from services.price_feeder.trades import LastTrade
 from shared import database as databases
 from shared.bus import Bus
@@ -503,6 +506,72 @@ async def test_trade_before_the_open_confirms_the_price_of_the_session_before(
     brought = await feeder.refresh(["AAPL", "MSFT"])
     assert set(brought.confirmed) == {"AAPL"}
     assert dict(brought.rejected) == {"MSFT": "outside_session"}
+
+
+# ---- withdrawals ---------------------------------------------------------------------------------
+
+CACHED, EARLIER = "2026-03-02T15:00:05Z", "2026-03-02T15:00:00Z"
+
+
+@pytest.fixture
+def streamed_feed(database: Database, bus: Bus, market: MarketData, lease: Lease) -> Feed:
+    streaming = Streaming({}, feed="iex", symbols_max=30)
+    return Feed(database, bus, market, lease, calendar=Calendar(open_now()), streaming=streaming)
+
+
+async def price_after_an_answer(
+    feeder: Feed, database: Database, alpaca: FakeAlpaca, answer: str
+) -> str | None:
+    alpaca.trades = {"AAPL": answer}
+    await feeder.refresh(["AAPL"])
+    cached = await cached_price(database, "AAPL")
+    return str(cached.tick.price) if cached else None
+
+
+async def test_cancelling_another_trade_at_the_polled_price_withdraws_nothing(
+    database: Database, alpaca: FakeAlpaca, streamed_feed: Feed
+) -> None:
+    after = partial(price_after_an_answer, streamed_feed, database, alpaca)
+    assert await after(trade("200.5", CACHED)) == "200.5000"
+    assert await streamed_feed.withdraw([Withdrawal("AAPL", 99, 200.5)]) == set()
+    assert await after(trade("199", EARLIER)) == "200.5000"
+    assert await streamed_feed.withdraw([Withdrawal("AAPL", 1, 200.5)]) == {"AAPL"}
+    assert await after(trade("199", EARLIER)) == "199.0000"
+
+
+async def test_trade_that_the_venue_still_calls_the_last_is_not_withdrawn_any_more(
+    database: Database, alpaca: FakeAlpaca, streamed_feed: Feed
+) -> None:
+    """Of a price that an earlier process cached the id is not known."""
+    await set_price(database, "AAPL", "200.5", traded_at=datetime.fromisoformat(CACHED))
+    after = partial(price_after_an_answer, streamed_feed, database, alpaca)
+    assert await streamed_feed.withdraw([Withdrawal("AAPL", 99, 200.5)]) == {"AAPL"}
+    assert await after(trade("200.5", CACHED)) == "200.5000"
+    assert await after(trade("199", EARLIER)) == "200.5000"
+
+
+async def test_withdrawal_outlasts_an_answer_that_lags_but_not_for_ever(
+    database: Database, alpaca: FakeAlpaca, streamed_feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after = partial(price_after_an_answer, streamed_feed, database, alpaca)
+    assert await after(trade("200.5", CACHED)) == "200.5000"
+    assert await streamed_feed.withdraw([Withdrawal("AAPL", 1, 200.5)]) == {"AAPL"}
+    assert await after(trade("200.5", CACHED)) == "200.5000"
+    assert await after(trade("199", EARLIER)) == "199.0000"
+    assert await streamed_feed.withdraw([Withdrawal("AAPL", 1, 199)]) == {"AAPL"}
+    monkeypatch.setattr(feed, "WITHDRAWAL_SETTLES", timedelta(0))
+    assert await after(trade("199", EARLIER)) == "199.0000"
+    assert await after(trade("198", "2026-03-02T14:59:59Z")) == "199.0000"
+
+
+async def test_without_the_cache_no_withdrawal_is_taken_for_done(
+    bus: Bus, market: MarketData, lease: Lease
+) -> None:
+    url = "postgresql://u:p@127.0.0.1:9/none"
+    streaming = Streaming({}, feed="iex", symbols_max=30)
+    async with databases.connect(url, application_name="tests", connections_max=1) as unreachable:
+        feeder = Feed(unreachable, bus, market, lease, streaming=streaming)
+        assert await feeder.withdraw([Withdrawal("AAPL", 1, 200.5)]) is None
 
 
 async def test_status_says_that_the_market_is_closed_unless_something_trades_always(

@@ -94,9 +94,9 @@ def test_withdrawn_trade_does_not_go_out_and_a_forgotten_symbol_begins_anew() ->
     assert conflation.wait_seconds(0.0) is None
     conflation.take("AAPL", trade(200.0, 3))
     conflation.batch(0.0)
-    assert conflation.last("AAPL") == trade(200.0, 3)
+    assert not conflation.take("AAPL", trade(199.0, 2))
     conflation.forget("AAPL")
-    assert conflation.last("AAPL") is None
+    assert conflation.take("AAPL", trade(199.0, 2))
     assert conflation.take("AAPL", trade(150.0, 1))
 
 
