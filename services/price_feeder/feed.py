@@ -186,7 +186,8 @@ class Feed:
             }
         await self._recall(held)
         await self._follow(held)
-        due = self._pace.due(held, self._calendar.hours, clock.utc_now())
+        hours, began_at = self._calendar.hours, clock.utc_now()
+        due = self._pace.due(held, hours, began_at)
         if held and not due:
             self._note_status(clock.utc_now())
             await self.outbox.publish()
@@ -194,6 +195,8 @@ class Feed:
         heard = self.streaming.streamed if self.streaming else frozenset()
         answers = await self._ask(due, stop)
         stored, rejected, outside, at = await self._store(answers)
+        answered = {trade.symbol for trade in answers.trades}.union(answers.rejected)
+        self._pace.note_answered(answered, hours, began_at)
         self._reports.say_rejected(rejected)
         if self.streaming:
             found = {tick.symbol for tick in stored.changed if at - tick.traded_at > HEARD_WITHIN}

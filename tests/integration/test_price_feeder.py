@@ -574,6 +574,21 @@ async def test_without_the_cache_no_withdrawal_is_taken_for_done(
         assert await feeder.withdraw([Withdrawal("AAPL", 1, 200.5)]) is None
 
 
+async def test_round_that_failed_while_the_market_is_closed_is_taken_again(
+    database: Database, alpaca: FakeAlpaca, bus: Bus, market: MarketData, lease: Lease
+) -> None:
+    await create_user(database, positions={"AAPL": ("1", "1"), "GONE": ("1", "1")})
+    alpaca.trades = {"AAPL": trade("200.5")}
+    alpaca.fault = answers("500 Internal Server Error", "")
+    feeder = Feed(
+        database, bus, market, lease, calendar=Calendar(closed_now()), closed_interval=timedelta(minutes=5)
+    )
+    assert (await feeder.take_round(asyncio.Event())).outcome == "failed"
+    alpaca.fault = None
+    assert (await feeder.take_round(asyncio.Event())).confirmed == 1
+    assert (await feeder.take_round(asyncio.Event())).outcome == "resting"
+
+
 async def test_status_says_that_the_market_is_closed_unless_something_trades_always(
     database: Database, alpaca: FakeAlpaca, js: JetStreamContext, new_feed: NewFeed
 ) -> None:

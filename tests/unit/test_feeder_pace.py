@@ -14,8 +14,11 @@ def at(hour: int, minute: int = 0, second: int = 0) -> datetime:
     return datetime(2026, 3, 2, hour, minute, second, tzinfo=UTC)
 
 
-def due(pace: Pace, when: datetime, held: list[str] = HELD) -> list[str]:
-    return pace.due(held, HOURS, when)
+def due(pace: Pace, when: datetime, held: list[str] = HELD, unanswered: tuple[str, ...] = ()) -> list[str]:
+    """Take a round in which all that is due is answered but for these."""
+    asked = pace.due(held, HOURS, when)
+    pace.note_answered([symbol for symbol in asked if symbol not in unanswered], HOURS, when)
+    return asked
 
 
 def test_equities_rest_outside_the_session_and_crypto_does_not() -> None:
@@ -51,6 +54,17 @@ def test_what_somebody_begins_to_hold_is_asked_for_at_once() -> None:
     due(pace, at(3))
     assert due(pace, at(3, 0, 10), ["AAPL", "MSFT"]) == ["MSFT"]
     assert due(pace, at(3, 0, 20), ["AAPL", "MSFT"]) == []
+
+
+def test_what_nobody_answered_is_asked_for_again() -> None:
+    pace = Pace("iex", FIVE_MINUTES)
+    assert due(pace, at(3), unanswered=("AAPL", "BTC/USD")) == HELD
+    assert due(pace, at(3, 0, 10), unanswered=("AAPL",)) == HELD
+    assert due(pace, at(3, 0, 20)) == HELD
+    assert due(pace, at(3, 0, 30)) == ["BTC/USD"]
+    assert due(pace, at(3, 0, 40), ["AAPL", "MSFT"], unanswered=("MSFT",)) == ["MSFT"]
+    assert due(pace, at(3, 0, 50), ["AAPL", "MSFT"]) == ["MSFT"]
+    assert due(pace, at(3, 1), ["AAPL", "MSFT"]) == []
 
 
 def test_clock_that_goes_back_delays_nothing() -> None:
