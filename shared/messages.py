@@ -154,8 +154,10 @@ class FeedStatus(Message):
 
 
 class PricesConfirmed(Message):
-    """The last prices of these symbols are still the last. On `feed.v1.confirmed`, after every polling round.
+    """The last prices of these symbols are still the last. On `feed.v1.confirmed`, after every round or refresh.
 
+    It names what was asked for, at most 2,000 symbols: several messages may belong to a round, and a refresh has few
+    symbols. The last value that the stream keeps is therefore not the whole list; a request for prices has them all.
     A `PriceTick` confirms its own symbol at `received_at`. A price that nothing has confirmed for five minutes, while
     its market is open, is stale.
     """

@@ -205,7 +205,7 @@ class Feed:
         self._note_problem(
             problem, at, loud=any(isinstance(error, Unauthorized) for error in answers.problems)
         )
-        self.outbox.confirm(sorted(stored.confirmed), at)
+        self.outbox.confirm(stored.confirmed, at)
         await self.outbox.publish()
         return Round(
             outcome=_outcome(held, answers),
@@ -228,7 +228,7 @@ class Feed:
         """
         answers = await self._ask(list(symbols), stop or asyncio.Event())
         stored, rejected, _, at = await self._store(answers)
-        self.outbox.confirm(sorted(stored.confirmed), at)
+        self.outbox.confirm(stored.confirmed, at)
         self.outbox.wake()
         changed = frozenset(tick.symbol for tick in stored.changed)
         return Refreshed(at, stored.confirmed, changed, rejected, _in_words(answers))

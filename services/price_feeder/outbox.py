@@ -1,7 +1,7 @@
 """What is to be published, until NATS has acknowledged it: ticks, confirmations, the feed's status."""
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
@@ -41,7 +41,7 @@ class Outbox:
         self._bus = bus
         self._lease = lease
         self._ticks: dict[str, PriceTick] = {}
-        self._confirmations: list[PricesConfirmed] = []
+        self._confirmed: dict[str, datetime] = {}
         self._status: FeedStatus | None = None
         self._status_published = False
         self._publishing = asyncio.Lock()
@@ -58,12 +58,12 @@ class Outbox:
             if waiting is None or waiting.sequence <= tick.sequence:
                 self._ticks[tick.symbol] = tick
 
-    def confirm(self, symbols: Sequence[str], at: datetime) -> None:
-        """Take in that these prices are still the last; it is sent once, as the next one says more."""
-        self._confirmations = [
-            PricesConfirmed(confirmed_at=at, symbols=tuple(symbols[start : start + CONFIRMED_MAX]))
-            for start in range(0, len(symbols), CONFIRMED_MAX)
-        ]
+    def confirm(self, symbols: Iterable[str], at: datetime) -> None:
+        """Take in that these prices are still the last; of a symbol the latest confirmation waits."""
+        for symbol in symbols:
+            before = self._confirmed.get(symbol)
+            if before is None or before < at:
+                self._confirmed[symbol] = at
 
     def set_status(self, state: FeedState, detail: str, at: datetime, *, streamed: int, polled: int) -> None:
         """Take in the feed's state, if it is another one."""
@@ -124,9 +124,15 @@ class Outbox:
         return not failed
 
     async def _publish_confirmations(self) -> None:
-        confirmations, self._confirmations = self._confirmations, []
-        if confirmations and self._lease.holds():
-            await self._bus.publish_all([Outgoing(PRICES_CONFIRMED, each) for each in confirmations])
+        if not self._confirmed or not self._lease.holds():
+            return
+        confirmations = list(_confirmations(self._confirmed))
+        failed = await self._bus.publish_all([Outgoing(PRICES_CONFIRMED, each) for each in confirmations])
+        unacknowledged = {id(outgoing.message) for outgoing, _ in failed}
+        for each in confirmations:
+            for symbol in each.symbols if id(each) not in unacknowledged else ():
+                if self._confirmed.get(symbol) == each.confirmed_at:  # no later one has come in meanwhile
+                    del self._confirmed[symbol]
 
     async def _publish_status(self) -> None:
         status = self._status
@@ -155,6 +161,14 @@ def _outgoing(tick: PriceTick, term: int) -> Outgoing:
 @lru_cache(maxsize=SUBJECTS_REMEMBERED_MAX)
 def _subject_and_token(symbol: str) -> tuple[str, str]:
     return price_subject(symbol), symbol_token(symbol)
+
+
+def _confirmations(confirmed: Mapping[str, datetime]) -> Iterator[PricesConfirmed]:
+    """Say which symbols were confirmed when, the earliest first, in messages that are not too large."""
+    for at in sorted(set(confirmed.values())):
+        symbols = sorted(symbol for symbol, confirmed_at in confirmed.items() if confirmed_at == at)
+        for start in range(0, len(symbols), CONFIRMED_MAX):
+            yield PricesConfirmed(confirmed_at=at, symbols=tuple(symbols[start : start + CONFIRMED_MAX]))
 
 
 def _batches(symbols: list[str]) -> Iterator[list[str]]:

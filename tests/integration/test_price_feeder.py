@@ -3,7 +3,7 @@
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -23,6 +23,7 @@ from services.price_feeder.feed import Feed
 from services.price_feeder.frames import Withdrawal
 from services.price_feeder.lease import Lease
 from services.price_feeder.market_data import MarketData
+from services.price_feeder.outbox import Outbox
 from services.price_feeder.queries import (
     Stored,
     cached_price,
@@ -406,6 +407,51 @@ async def test_round_confirms_what_it_knows_to_be_the_last(
     cached = await cached_price(database, "AAPL")
     assert cached
     assert (confirmed.symbols, confirmed.confirmed_at) == (("AAPL",), cached.confirmed_at)
+
+
+async def heard_confirmations(nats_url: str, publish: Callable[[], Awaitable[object]]) -> dict[str, datetime]:
+    """Return which symbols are confirmed when, by what is published."""
+    client = await nats.connect(nats_url)
+    confirmations = await client.subscribe(PRICES_CONFIRMED)
+    await client.flush()
+    await publish()
+    await client.flush()
+    confirmed: dict[str, datetime] = {}
+    while confirmations.pending_msgs:
+        message = PricesConfirmed.model_validate_json((await confirmations.next_msg()).data)
+        confirmed |= dict.fromkeys(message.symbols, message.confirmed_at)
+    await client.close()
+    return confirmed
+
+
+async def test_refresh_does_not_displace_the_confirmations_of_a_round(
+    bus: Bus, lease: Lease, nats_url: str
+) -> None:
+    outbox = Outbox(bus, lease)
+    outbox.confirm(["AAPL", "MSFT", "TSLA"], TEN)
+    outbox.confirm(["MSFT"], TEN + SECOND)
+    assert await heard_confirmations(nats_url, outbox.publish) == {
+        "AAPL": TEN,
+        "MSFT": TEN + SECOND,
+        "TSLA": TEN,
+    }
+    assert await heard_confirmations(nats_url, outbox.publish) == {}
+
+
+async def test_confirmation_that_was_not_acknowledged_is_published_again(lease: Lease, nats_url: str) -> None:
+    client = await nats.connect(nats_url)
+    js = client.jetstream()
+    async with Bus(nats_url, name="tests") as bus:
+        assert await bus.wait_until_ready(asyncio.Event())
+        outbox = Outbox(bus, lease)
+        outbox.confirm(["AAPL", "MSFT"], TEN)
+        await js.delete_stream("FEED")
+        await outbox.publish()
+        outbox.confirm(["MSFT"], TEN + SECOND)
+        await js.add_stream(name="FEED", subjects=[FEED_STATUS, PRICES_CONFIRMED])
+        confirmed = await heard_confirmations(nats_url, outbox.publish)
+    await client.close()
+    assert confirmed == {"AAPL": TEN, "MSFT": TEN + SECOND}
 
 
 async def test_refresh_asks_for_the_given_symbols_and_says_what_came_of_it(
