@@ -234,6 +234,8 @@ class Stream(NamedTuple):
     """The newest so many of each subject are kept, however old; None: all."""
     max_age: timedelta | None = None
     in_memory: bool = False
+    bytes_max: int | None = None
+    """A stream that has reached it refuses what would make it larger; a subject that has all it may keep goes on."""
     recoverable: bool = False
     """What is in it can be published again, so that it need not be on the platter before it is acknowledged."""
 
@@ -241,6 +243,8 @@ class Stream(NamedTuple):
 TICKS_PER_SECOND_MAX = 4
 """Ticks of a symbol that the feeder publishes in a second, at most."""
 PRICE_REPLAY_DEFAULT = timedelta(minutes=5)
+PRICES_BYTES_MAX = 1024 * 1024 * 1024
+"""Half of what the server may keep in files: ticks must not fill it, as slots and snapshots need it too."""
 
 
 def prices_stream(replay: timedelta) -> Stream:
@@ -250,7 +254,7 @@ def prices_stream(replay: timedelta) -> Stream:
     in PostgreSQL, and the feeder publishes them again when the server has been away.
     """
     kept = max(1, int(replay.total_seconds() * TICKS_PER_SECOND_MAX))
-    return Stream("PRICES", (ALL_PRICES,), kept, recoverable=True)
+    return Stream("PRICES", (ALL_PRICES,), kept, bytes_max=PRICES_BYTES_MAX, recoverable=True)
 
 
 PRICES = prices_stream(PRICE_REPLAY_DEFAULT)

@@ -18,6 +18,7 @@ DUPLICATE_WINDOW = timedelta(minutes=2)
 _NOT_FOUND = 10059
 _NO_MESSAGE = 10037
 _NO_SUCH_SEQUENCE = 10043
+_NO_SUCH_SPACE = frozenset({10002, 10047})
 
 log = logs.get_logger()
 
@@ -48,21 +49,35 @@ class Found(NamedTuple):
 async def find_stream(client: Client, stream: Stream, *, owned: bool) -> str:
     """Find, make or bring up to date a stream; return when it was made. Raises StreamUnfit.
 
-    Subjects that are missing are added. What is kept is changed to what `stream` says when it is `owned`. Everything
-    else stays as it is found: an operator may have changed it.
+    Subjects that are missing are added. What is kept is changed to what `stream` says when it is `owned`, its size when
+    it has no bound. Everything else stays as it is found: an operator may have changed it. A server that cannot grant
+    the size gives the stream none.
     """
     try:
         found = _found(await _api(client, f"STREAM.INFO.{stream.name}"))
     except ApiError as error:
         if error.err_code != _NOT_FOUND:
             raise
-        found = _found(await _api(client, f"STREAM.CREATE.{stream.name}", _configuration(stream)))
+        found = _found(await _sized(client, f"STREAM.CREATE.{stream.name}", _configuration(stream), stream))
         log.info("bus_stream_created", stream=stream.name)
     changes = _changes(found.configuration, stream, owned=owned)
     if changes:
-        await _api(client, f"STREAM.UPDATE.{stream.name}", found.configuration | changes)
+        await _sized(client, f"STREAM.UPDATE.{stream.name}", found.configuration | changes, stream)
         log.info("bus_stream_updated", stream=stream.name, changed=sorted(changes))
     return found.made_at
+
+
+async def _sized(
+    client: Client, request: str, configuration: _Configuration, stream: Stream
+) -> dict[str, Any]:
+    """Make or update a stream, without a bound of its size where the server has no such space to set aside."""
+    try:
+        return await _api(client, request, configuration)
+    except ApiError as error:
+        if error.err_code not in _NO_SUCH_SPACE or stream.bytes_max is None:
+            raise
+    log.warning("bus_stream_unbounded", stream=stream.name, bytes_wanted=stream.bytes_max)
+    return await _api(client, request, configuration | {"max_bytes": -1, "discard": "old"})
 
 
 async def take_last(client: Client, stream: Stream, subject: str) -> bytes | None:
@@ -92,6 +107,8 @@ def _changes(found: _Configuration, stream: Stream, *, owned: bool) -> _Configur
     if owned:
         limits = _limits(stream)
         changes |= {name: limit for name, limit in limits.items() if found.get(name) != limit}
+        if found.get("max_bytes", -1) <= 0:
+            changes |= _size(stream)
     if "max_age" in changes and 0 < changes["max_age"] < found.get("duplicate_window", 0):
         changes["duplicate_window"] = changes["max_age"]
     return changes
@@ -115,6 +132,7 @@ def _configuration(stream: Stream) -> _Configuration:
         "allow_direct": True,
         **({"persist_mode": "async"} if stream.recoverable else {}),
         **_limits(stream),
+        **_size(stream),
     }
 
 
@@ -123,6 +141,11 @@ def _limits(stream: Stream) -> _Configuration:
         "max_msgs_per_subject": stream.messages_per_subject or -1,
         "max_age": _nanoseconds(stream.max_age) if stream.max_age else 0,
     }
+
+
+def _size(stream: Stream) -> _Configuration:
+    """Let what is full refuse more: discarding the oldest would take quiet subjects' last values."""
+    return {"max_bytes": stream.bytes_max, "discard": "new"} if stream.bytes_max else {}
 
 
 def _nanoseconds(duration: timedelta) -> int:

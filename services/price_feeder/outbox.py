@@ -119,9 +119,12 @@ class Outbox:
         unacknowledged = {outgoing.subject for outgoing, _ in failed}
         for tick in ticks:
             subject, _ = _subject_and_token(tick.symbol)
-            if self._ticks.get(tick.symbol) is tick and subject not in unacknowledged:
+            if subject in unacknowledged:
+                # The others go first the next time: a stream that is full refuses some for ever.
+                self._ticks[tick.symbol] = self._ticks.pop(tick.symbol)
+            elif self._ticks.get(tick.symbol) is tick:
                 del self._ticks[tick.symbol]
-        return not failed
+        return len(failed) < len(ticks)
 
     async def _publish_confirmations(self) -> None:
         if not self._confirmed or not self._lease.holds():

@@ -94,7 +94,7 @@ class Settings(ServiceSettings):
         default=30,
         description="Symbols that a stream carries, the most widely held ones; the free plan allows 30.",
     )
-    price_replay_minutes: Annotated[float, Field(ge=0, le=1440)] = Field(
+    price_replay_minutes: Annotated[float, Field(ge=0, le=60)] = Field(
         default=5, description="Minutes of ticks of every symbol that the stream PRICES keeps for a replay."
     )
     alpaca_requests_per_minute: Annotated[int, Field(ge=1, le=100_000)] = Field(

@@ -9,6 +9,7 @@ from typing import Any
 import nats
 import pytest
 from nats.aio.client import Client
+from nats.js.errors import APIError
 
 from shared.bus import Bus, BusUnavailable
 from shared.messages import (
@@ -91,6 +92,53 @@ async def test_streams_of_the_version_before_are_brought_up_to_date_without_losi
     assert (await js.get_last_msg("PRICES", "prices.v1.equity.A")).data == b"kept"
     assert (await configuration(client, FEED))["subjects"] == [FEED_STATUS, PRICES_CONFIRMED]
     assert (await configuration(client, PORTFOLIO))["subjects"] == list(PORTFOLIO.subjects)
+
+
+async def test_prices_are_bounded_so_that_they_leave_space_for_the_other_streams(
+    nats_url: str, client: Client
+) -> None:
+    await client.jetstream().add_stream(name="PRICES", subjects=["prices.v1.>"], max_msgs_per_subject=1)
+    await use(nats_url, PRICES)
+    found = await configuration(client, PRICES)
+    assert (found["max_bytes"], found["discard"]) == (1_073_741_824, "new")
+
+
+async def test_full_stream_goes_on_with_subjects_that_have_all_they_may_keep(
+    nats_url: str, client: Client
+) -> None:
+    """The last value of a symbol that has not traded for days stays, whatever else comes."""
+    small = Stream("PRICES", ("prices.v1.>",), 3, bytes_max=2000, recoverable=True)
+    async with Bus(nats_url, name="tests", owned=(small,)) as bus:
+        assert await bus.wait_until_ready(asyncio.Event())
+    await change(client, PRICES, max_bytes=2000)
+    js = client.jetstream()
+    await js.publish("prices.v1.equity.QUIET", b"quiet")
+    for number in range(50):
+        await js.publish("prices.v1.equity.BUSY", b"%d" % number)
+    full = 0
+    for number in range(50):
+        try:
+            await js.publish(f"prices.v1.equity.S{number}", b"x" * 100)
+        except APIError as error:
+            full += error.err_code == 10077  # maximum bytes exceeded
+    assert full > 0
+    await js.publish("prices.v1.equity.BUSY", b"newest")
+    assert (await js.get_last_msg("PRICES", "prices.v1.equity.BUSY")).data == b"newest"
+    assert (await js.get_last_msg("PRICES", "prices.v1.equity.QUIET")).data == b"quiet"
+    assert (await js.stream_info("PRICES", subjects_filter="prices.v1.equity.BUSY")).state.subjects == {
+        "prices.v1.equity.BUSY": 3
+    }
+
+
+async def test_server_without_so_much_space_has_the_stream_without_a_bound(
+    nats_url: str, client: Client
+) -> None:
+    for _ in ("made", "found"):
+        await use(nats_url, PRICES._replace(bytes_max=1 << 50))
+        found = await configuration(client, PRICES)
+        assert (found["max_bytes"], found["discard"]) == (-1, "old")
+    await use(nats_url, PRICES)
+    assert (await configuration(client, PRICES))["max_bytes"] == 1_073_741_824
 
 
 async def test_who_does_not_own_a_stream_leaves_what_it_keeps(nats_url: str, client: Client) -> None:

@@ -16,6 +16,7 @@ import nats
 import pytest
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
+from nats.js.api import DiscardPolicy
 
 from local.servers import nats_server
 from services.price_feeder import feed, queries
@@ -452,6 +453,38 @@ async def test_confirmation_that_was_not_acknowledged_is_published_again(lease: 
         confirmed = await heard_confirmations(nats_url, outbox.publish)
     await client.close()
     assert confirmed == {"AAPL": TEN, "MSFT": TEN + SECOND}
+
+
+async def test_ticks_that_a_full_stream_refuses_do_not_hold_up_the_others(
+    bus: Bus, lease: Lease, js: JetStreamContext
+) -> None:
+    """The stream keeps three ticks of a symbol here, and has those of one that goes on."""
+    full = (await js.stream_info("PRICES")).config
+    await js.update_stream(full.evolve(max_msgs_per_subject=3, max_bytes=1000, discard=DiscardPolicy.NEW))
+    outbox = Outbox(bus, lease)
+
+    def ticks(*symbols: str, sequence: int) -> list[PriceTick]:
+        return [
+            PriceTick(
+                symbol=symbol,
+                price=Decimal("1.0000"),
+                traded_at=TEN,
+                received_at=TEN,
+                feed="iex",
+                sequence=sequence,
+            )
+            for symbol in symbols
+        ]
+
+    for sequence in (1, 2, 3):
+        outbox.add(ticks("BUSY", sequence=sequence))
+        await outbox.publish()
+    assert len(outbox) == 0
+    outbox.add(ticks(*(f"S{number:03}" for number in range(300)), "BUSY", sequence=4))
+    for _ in range(2):
+        await outbox.publish()
+    assert len(outbox) >= 256
+    assert (await last_tick(js, "BUSY")).sequence == 4
 
 
 async def test_refresh_asks_for_the_given_symbols_and_says_what_came_of_it(

@@ -100,3 +100,10 @@ def test_trading_host_is_not_taken_for_the_market_data_host(environment: pytest.
 def test_wrong_value_is_refused_by_name(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
     environment.setenv(name, value)
     assert f"{name} must be" in problems()
+
+
+def test_replay_of_more_than_an_hour_does_not_fit_into_the_stream(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("PRICE_REPLAY_MINUTES", "60")
+    assert settings.load(Settings).replay.total_seconds() == 3600
+    environment.setenv("PRICE_REPLAY_MINUTES", "61")
+    assert "PRICE_REPLAY_MINUTES" in problems()
