@@ -54,6 +54,18 @@ async def test_a_batch_larger_than_what_may_be_in_flight_is_stored_whole_and_in_
     await client.close()
 
 
+async def test_the_first_of_a_batch_are_on_their_way_before_the_last_are_made(bus: Bus) -> None:
+    batch = [tick(number, price_subject("S")) for number in range(200)]
+    sending = asyncio.create_task(bus.publish_all(batch))
+    sent: set[int] = set()
+    while not sending.done():
+        sent.add(bus._client.stats["out_msgs"])
+        await asyncio.sleep(0)
+    first = min(sent)
+    assert {first + 32, first + 64, first + 96} <= sent
+    assert sending.result() == []
+
+
 async def test_an_empty_batch_is_published_at_once(bus: Bus) -> None:
     assert await bus.publish_all([]) == []
 
