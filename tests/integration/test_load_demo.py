@@ -97,9 +97,11 @@ async def test_history_ends_where_the_live_values_begin(
     """
     assert await database.fetch_value(wrong) == 0
     assert await database.fetch_value("SELECT count(DISTINCT timestamp) FROM position_snapshots") >= 287
-    yesterday = last_boundary(utc_now(), timedelta(days=1)) - timedelta(days=1)
+    whole_day = last_boundary(utc_now(), timedelta(days=1)) - timedelta(
+        days=2
+    )  # yesterday may not be settled yet
     hours = "SELECT count(*) FROM portfolio_rollups_1h WHERE bucket BETWEEN $1 AND $2"
-    assert await database.fetch_value(hours, yesterday, yesterday + timedelta(hours=23)) == 4 * 24
+    assert await database.fetch_value(hours, whole_day, whole_day + timedelta(hours=23)) == 4 * 24
 
 
 async def test_retention_meanwhile_loses_nothing_of_what_is_filled(
