@@ -11,7 +11,9 @@ class Settings(LogSettings):
     simulator_host: str = Field(
         default="127.0.0.1", description="Address that the market simulator listens on."
     )
-    simulator_port: Port = Field(default=8090, description="Its port, for data, streams, trading host and /healthz.")
+    simulator_port: Port = Field(
+        default=8090, description="Its port, for data, streams, trading host and /healthz."
+    )
     simulator_seed: int = Field(default=1, description="Chooses the synthetic market's random walk.")
     simulator_replay_file: Path | None = Field(
         default=None,
