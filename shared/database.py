@@ -90,9 +90,15 @@ class Database:
     """
 
     def __init__(
-        self, pool: "asyncpg.Pool[asyncpg.Record]", connections_max: int, *, keeps_connections: bool
+        self,
+        pool: "asyncpg.Pool[asyncpg.Record]",
+        connections_max: int,
+        *,
+        keeps_connections: bool,
+        answer_seconds_max: float,
     ) -> None:
         self._pool = pool
+        self._answer_seconds_max = answer_seconds_max
         self._turns_free = connections_max
         self._waiting: deque[asyncio.Future[Connection | None]] = deque()
         self._patience = Deadlines(CONNECT_TIMEOUT_SECONDS, _give_up)
@@ -104,19 +110,20 @@ class Database:
         self._idle = Deadlines(IDLE_SECONDS_MAX, self._end)
 
     async def fetch(
-        self, statement: str, *args: object, timeout: float = STATEMENT_TIMEOUT_SECONDS
+        self, statement: str, *args: object, timeout: float | None = None
     ) -> list[asyncpg.Record]:
-        return await self.run(lambda connection: connection.fetch(statement, *args, timeout=timeout))
+        seconds = timeout or self._answer_seconds_max
+        return await self.run(lambda connection: connection.fetch(statement, *args, timeout=seconds))
 
     async def fetch_row(
-        self, statement: str, *args: object, timeout: float = STATEMENT_TIMEOUT_SECONDS
+        self, statement: str, *args: object, timeout: float | None = None
     ) -> asyncpg.Record | None:
-        return await self.run(lambda connection: connection.fetchrow(statement, *args, timeout=timeout))
+        seconds = timeout or self._answer_seconds_max
+        return await self.run(lambda connection: connection.fetchrow(statement, *args, timeout=seconds))
 
-    async def fetch_value(
-        self, statement: str, *args: object, timeout: float = STATEMENT_TIMEOUT_SECONDS
-    ) -> Any:
-        return await self.run(lambda connection: connection.fetchval(statement, *args, timeout=timeout))
+    async def fetch_value(self, statement: str, *args: object, timeout: float | None = None) -> Any:
+        seconds = timeout or self._answer_seconds_max
+        return await self.run(lambda connection: connection.fetchval(statement, *args, timeout=seconds))
 
     async def run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Run `work` with a connection of the pool; twice when the first connection turned out to be gone."""
@@ -288,12 +295,14 @@ async def connect(
     connections_max: int,
     statement_timeout_seconds: float = 30.0,
     server_settings: Mapping[str, str] | None = None,
+    answer_seconds_max: float = STATEMENT_TIMEOUT_SECONDS,
     reads_only: bool = False,
     admit: Callable[[NewConnection], Coroutine[Any, Any, None]] | None = None,
 ) -> AsyncIterator[Database]:
     """Open a pool that connects when it is first used, so that a service can start before its database.
 
-    `statement_timeout_seconds` is the server's own bound, for statements whose client has gone. With `reads_only`
+    `answer_seconds_max` is what a statement may take unless it says otherwise; `statement_timeout_seconds` is the
+    server's own bound, for statements whose client has gone. With `reads_only`
     the server refuses to write, and a connection goes to the next statement without the reset that costs a round trip.
     `admit` sees every new connection first; what it raises ends the connection, and the statement that wanted it.
     """
@@ -303,7 +312,7 @@ async def connect(
         max_size=connections_max,
         max_inactive_connection_lifetime=IDLE_SECONDS_MAX,
         timeout=CONNECT_TIMEOUT_SECONDS,
-        command_timeout=STATEMENT_TIMEOUT_SECONDS,
+        command_timeout=answer_seconds_max,
         server_settings={
             "application_name": application_name,
             "timezone": "UTC",
@@ -318,7 +327,9 @@ async def connect(
         init=admit,
     )
     async with pool:
-        database = Database(pool, connections_max, keeps_connections=reads_only)
+        database = Database(
+            pool, connections_max, keeps_connections=reads_only, answer_seconds_max=answer_seconds_max
+        )
         try:
             yield database
         finally:

@@ -89,7 +89,10 @@ async def database_url(servers: Servers, template_name: str) -> AsyncIterator[st
 
 @pytest.fixture
 async def database(database_url: str) -> AsyncIterator[Database]:
-    async with databases.connect(database_url, application_name="tests", connections_max=4) as connected:
+    # A machine that does other things as well may stand still for some seconds.
+    async with databases.connect(
+        database_url, application_name="tests", connections_max=4, answer_seconds_max=20
+    ) as connected:
         yield connected
 
 

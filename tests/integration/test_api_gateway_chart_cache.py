@@ -54,7 +54,7 @@ class Watched(Database):
         self.open.set()
         self.is_away = False
 
-    async def fetch_row(self, statement: str, *args: object, timeout: float = 2.0) -> Any:
+    async def fetch_row(self, statement: str, *args: object, timeout: float | None = None) -> Any:
         self.asked.append("live" if statement == queries.LIVE_VALUE else "chart")
         if self.is_away:
             raise DatabaseUnavailable("away")
