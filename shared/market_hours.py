@@ -16,7 +16,9 @@ NEW_YORK = ZoneInfo("America/New_York")
 OPEN = time(9, 30)
 CLOSE = time(16, 0)
 
-FEEDS_WITHOUT_SESSION = frozenset({"simulated", "overnight", "boats"})
+SIMULATED = "simulated"
+"""The feed of a price that a market simulator made."""
+FEEDS_WITHOUT_SESSION = frozenset({SIMULATED, "overnight", "boats"})
 """Feeds of equities that have trades while the exchange is closed; with them a price is as old as it is."""
 
 CLOSING_PRINT_WITHIN = timedelta(minutes=15)

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
+import hypothesis
 import nats
 import pytest
 
@@ -20,6 +21,10 @@ from tests.servers import BACKENDS, Servers, chosen_backend, running
 from tests.waiting import eventually
 
 ROOT = Path(__file__).parent.parent
+
+# How long an example takes says something of the machine alone, which may stand still meanwhile.
+hypothesis.settings.register_profile("foliotick", deadline=None)
+hypothesis.settings.load_profile("foliotick")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import jwt
 from pydantic import SecretStr
 
-from services.api_gateway import app, auth, charts, queries, replica
-from services.api_gateway.live import Live
+from services.api_gateway import app, auth, charts, pages, queries, replica
 from services.api_gateway.performance import Buckets, MarketDays
 from services.api_gateway.responses import ProblemDetails
 from services.api_gateway.settings import Settings
@@ -71,11 +71,6 @@ class Gateway:
         assert self.served
         return self.served.news
 
-    @property
-    def live(self) -> Live:
-        assert self.served
-        return self.served.live
-
     async def ask(self, method: str, path: str, **options: Any) -> Answer:
         url = f"http://127.0.0.1:{self.port}{path}"
         async with self.session.request(method, url, **options) as response:
@@ -109,6 +104,7 @@ async def running(
     bus: Bus | None = None,
     hours: MarketHours | None = None,
     hears: bool = True,
+    chart_library: Path = pages.LIBRARY_FILE,
     **settings: Any,
 ) -> AsyncIterator[Gateway]:
     """Run a gateway; `settings` go on top of the defaults and a shared secret.
@@ -141,6 +137,7 @@ async def running(
             app.Resources(
                 source, verifier, used_bus, Calendar(hours or open_now()), _checks(database, source)
             ),
+            chart_library=chart_library,
         ) as served,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session,
         kept_up(loaded, served, used_bus, is_there=bus is not None) if hears else nullcontext(),

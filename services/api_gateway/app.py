@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 from aiohttp import web
@@ -67,7 +68,9 @@ SUBJECTS = tuple(sorted({*charts.SUBJECTS, *live.SUBJECTS}))
 
 
 @asynccontextmanager
-async def serving(settings: Settings, resources: Resources) -> AsyncIterator[Served]:
+async def serving(
+    settings: Settings, resources: Resources, *, chart_library: Path = pages.LIBRARY_FILE
+) -> AsyncIterator[Served]:
     """Serve the API while the block runs."""
     database = resources.database
     connections_open.labels("in_use").set_function(
@@ -106,7 +109,7 @@ async def serving(settings: Settings, resources: Resources) -> AsyncIterator[Ser
             web.post("/api/portfolio/refresh-prices", refreshes.prices),
             web.get("/api/openapi.json", openapi.served),
             *health.routes("api_gateway", checks),
-            *pages.routes(settings.gateway_page_token),
+            *pages.routes(settings.gateway_page_token, chart_library),
         ]
     )
     app.on_shutdown.append(watched.end)

@@ -20,7 +20,7 @@ from shared import health, logs
 from shared.clock import utc_now, wait_for_stop
 from shared.database import DatabaseUnavailable, SchemaMissing
 from shared.freshness import market_moment, price_status
-from shared.market_hours import MarketHours
+from shared.market_calendar import Calendar
 from shared.messages import ALL_PRICES, PRICES_CONFIRMED, PricesConfirmed, PriceTick, price_subject
 
 SUBJECTS = (ALL_PRICES, PRICES_CONFIRMED)
@@ -45,13 +45,6 @@ EndReason = Literal["token_expired", "user_deactivated", "user_unknown", "going_
 
 log = logs.get_logger()
 portfolios_watched = Gauge("gateway_portfolios_watched", "Portfolios that are kept up to date for watchers")
-
-
-class Hours(Protocol):
-    """Where the market's hours come from."""
-
-    @property
-    def hours(self) -> MarketHours: ...
 
 
 class Watcher(Protocol):
@@ -95,7 +88,7 @@ class Watched:
 class Live:
     """All watched portfolios. Hears the bus; `run` does what takes time."""
 
-    def __init__(self, database: Source, calendar: Hours) -> None:
+    def __init__(self, database: Source, calendar: Calendar) -> None:
         self._database = database
         self._calendar = calendar
         self._moment = market_moment(calendar.hours, utc_now())
@@ -147,11 +140,6 @@ class Live:
     def remove(self, watched: Watched, watcher: Watcher) -> None:
         watched.watchers.discard(watcher)
         watched.unwatched_since = time.monotonic()
-
-    @property
-    def watchers(self) -> int:
-        """How many watch in all."""
-        return sum(len(watched.watchers) for watched in self._by_subject.values())
 
     async def end(self, _: object) -> None:
         """End all watching, as the gateway stops."""
@@ -341,8 +329,6 @@ class Live:
             unread = self._unread.intersection(symbols)
             if unread:
                 await self._read_prices(unread)
-        if new and not self._is_heard:
-            self._read_prices_soon()
 
     def _read_prices_soon(self) -> None:
         self._quotes_are_behind = True

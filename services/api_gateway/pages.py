@@ -39,9 +39,8 @@ _HEADERS = {
 _FORWARDING_HEADERS = ("Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-IP")
 
 
-def routes(token: SecretStr | None) -> list[web.RouteDef]:
-    """Return the page's routes, whether the chart library is installed or not."""
-    library = LIBRARY_FILE
+def routes(token: SecretStr | None, library: Path) -> list[web.RouteDef]:
+    """Return the page's routes; `library` is the chart library's file, which may be missing."""
     has_library = library.is_file()
     return [
         *(web.get(address, _file(path)) for address, path in _addresses().items()),

@@ -14,11 +14,11 @@ from functools import lru_cache
 import orjson
 
 from shared.freshness import MarketMoment, PriceStatus
+from shared.market_hours import SIMULATED
 from shared.messages import PriceTick
 
 VALUE_LIMIT = Decimal(10) ** 12
 """A market value from here on is none: no position is worth a trillion dollars."""
-SIMULATED = "simulated"
 
 _EXACT = Context(prec=60, rounding=ROUND_HALF_UP)
 """Holds every product of shares (20 digits) and a price (15), and a percentage of amounts with 18."""
@@ -66,7 +66,7 @@ class Quote:
         self._ending_status: PriceStatus | None = None
 
     def take(self, tick: PriceTick, confirmed_at: datetime) -> None:
-        """Take another price; `see` it then, so that its status is known."""
+        """Take another price; whoever hands it over sets its `status`."""
         self.price = tick.price
         self.price_text = price_text(tick.price)
         self.received_at = tick.received_at

@@ -24,7 +24,6 @@ from services.price_feeder.reports import Reports
 from services.price_feeder.selection import Selection
 from services.price_feeder.streaming import Streaming
 from services.price_feeder.trades import (
-    SIMULATED,
     LastTrade,
     Rejection,
     streamed_last_trade,
@@ -35,6 +34,7 @@ from shared.bus import Bus
 from shared.database import Database, DatabaseUnavailable, SchemaMissing
 from shared.freshness import PRICE_FRESH_FOR, is_price_fresh
 from shared.market_calendar import Calendar
+from shared.market_hours import SIMULATED
 from shared.messages import FeedState
 
 ANSWERS_SECONDS_MAX = 9.0

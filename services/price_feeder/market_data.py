@@ -20,8 +20,9 @@ from alpaca.data.requests import CryptoLatestTradeRequest, StockLatestTradeReque
 from services.price_feeder import metrics
 from services.price_feeder.budget import RateBudget
 from services.price_feeder.failures import BadRequest, MarketDataError, MarketDataUnavailable, Unsent
-from services.price_feeder.trades import SIMULATED, LastTrade, Rejection, last_trade, symbol_problem
+from services.price_feeder.trades import LastTrade, Rejection, last_trade, symbol_problem
 from services.price_feeder.transport import DaemonThreads, Door, Pause
+from shared.market_hours import SIMULATED
 from shared.messages import AssetClass, asset_class
 
 BATCH_SIZE_MAX = 100

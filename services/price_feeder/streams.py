@@ -24,8 +24,8 @@ from websockets.legacy.exceptions import InvalidStatusCode
 from services.price_feeder import metrics
 from services.price_feeder.conflation import Conflation
 from services.price_feeder.frames import TradingStatus, Withdrawal, hear, unpacked
-from services.price_feeder.trades import SIMULATED
 from shared import logs
+from shared.market_hours import SIMULATED
 from shared.messages import AssetClass
 
 SIMULATED_HEADER = "X-Market-Simulated"

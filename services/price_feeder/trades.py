@@ -20,9 +20,6 @@ EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)
 PRICE_LIMIT = Decimal(10) ** 11
 """The first price that NUMERIC(15,4) cannot hold."""
 
-SIMULATED = "simulated"
-"""The feed of a price that a market simulator made."""
-
 _EQUITY = re.compile(r"[A-Z0-9]+([.-][A-Z0-9]+)*", re.ASCII)
 _CRYPTO = re.compile(r"[A-Z0-9]+/(?P<quoted_in>[A-Z0-9]+)", re.ASCII)
 _DOLLARS = ("USD", "USDC", "USDT")

@@ -106,11 +106,17 @@ async def visit(browser: Browser, port: int, *, width: int = 1440, **options: An
 
 @asynccontextmanager
 async def demonstration(
-    browser: Browser, database_url: str, bus: Bus | None, **options: Any
+    browser: Browser,
+    database_url: str,
+    bus: Bus | None,
+    *,
+    chart_library: Path = pages.LIBRARY_FILE,
+    **options: Any,
 ) -> AsyncIterator[Visit]:
     """Open a page that the demo user is signed in to already."""
+    page_token = SecretStr(token(expires_in=3600))
     async with (
-        running(database_url, bus=bus, gateway_page_token=SecretStr(token(expires_in=3600))) as gateway,
+        running(database_url, bus=bus, chart_library=chart_library, gateway_page_token=page_token) as gateway,
         visit(browser, gateway.port, **options) as visiting,
     ):
         yield visiting
@@ -408,11 +414,10 @@ async def test_without_the_chart_library_the_page_says_what_is_missing_and_works
     *,
     demo: int,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pages, "LIBRARY_FILE", tmp_path / "not-installed.mjs")
     await add_snapshot(database, demo, last_boundary(utc_now(), timedelta(hours=1)), "22000.00")
-    async with demonstration(browser, database_url, bus) as visiting:
+    missing = tmp_path / "not-installed.mjs"
+    async with demonstration(browser, database_url, bus, chart_library=missing) as visiting:
         await expect(visiting.page.locator("#chart-message")).to_contain_text("Install Node.js with npm")
         await visiting.see("#change", "+$750.50 (+3.41%)past 24 hours")
         await trade(database, bus, "AAPL", "180.01")

@@ -91,17 +91,16 @@ def test_page_has_nothing_inline_and_asks_no_other_host() -> None:
 
 def test_routes_are_those_of_the_files_that_are_there() -> None:
     app = web.Application()
-    app.add_routes(pages.routes(None))
+    app.add_routes(pages.routes(None, pages.LIBRARY_FILE))
     paths = {resource.canonical for resource in app.router.resources()}
     modules = {f"/page/{path.name}" for path in pages.FOLDER.glob("*.js")}
     assert paths == {"/", "/page/style.css", "/page/icon.svg", "/page/start", pages.LIBRARY_ADDRESS, *modules}
 
 
 async def test_without_the_chart_library_the_page_is_told_and_the_rest_is_served(
-    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database_url: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(pages, "LIBRARY_FILE", tmp_path / "not-installed.mjs")
-    async with running(database_url) as gateway:
+    async with running(database_url, chart_library=tmp_path / "not-installed.mjs") as gateway:
         assert (await gateway.get("/page/start", None)).json()["has_chart_library"] is False
         missing = await gateway.get(pages.LIBRARY_ADDRESS, None)
         assert missing.status == 404
