@@ -13,6 +13,8 @@ import nats
 import yaml
 from nats.aio.msg import Msg
 
+from tests.waiting import settled
+
 DOCUMENT: dict[str, Any] = yaml.safe_load(
     (Path(__file__).parent.parent / "docs" / "asyncapi.yaml").read_text()
 )
@@ -73,7 +75,7 @@ async def overhearing(nats_url: str) -> AsyncIterator[Overheard]:
     try:
         for word in sorted({(address or "").partition(".")[0] for address in _addresses()} - {""}):
             await client.subscribe(f"{word}.>", cb=hear)
-        await client.flush()
+        await settled(client)
         yield overheard
         await client.drain()
     finally:

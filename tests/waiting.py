@@ -6,6 +6,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from nats.aio.client import Client
+
 T = TypeVar("T")
 
 
@@ -23,3 +25,14 @@ async def eventually(probe: Callable[[], Awaitable[T]], *, timeout: float = 10.0
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout:g} s: {inspect.getsource(probe).strip()}") from problem
         await asyncio.sleep(every)
+
+
+async def settled(client: Client) -> None:
+    """Wait until the server has taken all that `client` has sent so far, its subscriptions above all.
+
+    The library's flush does not see to that: its ping is written at once, and overtakes what still waits to be written.
+    """
+    echo = await client.subscribe(client.new_inbox())
+    await client.publish(echo.subject)
+    await echo.next_msg(timeout=10)
+    await echo.unsubscribe()

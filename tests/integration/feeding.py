@@ -22,7 +22,7 @@ from shared.market_calendar import Calendar
 from shared.market_hours import MarketHours
 from shared.messages import ALL_PRICES, FEED_STATUS, FeedStatus, PriceTick
 from tests.market import open_now
-from tests.waiting import eventually
+from tests.waiting import eventually, settled
 
 SELDOM = timedelta(minutes=30)
 """Between two rounds: what is seen after the first was streamed."""
@@ -109,7 +109,7 @@ async def feeding(
 
             for subject in (ALL_PRICES, FEED_STATUS):
                 await listener.subscribe(subject, cb=heard)
-            await listener.flush()
+            await settled(listener)
             yield fed
         finally:
             stop.set()

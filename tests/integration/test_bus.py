@@ -18,7 +18,7 @@ from local.servers import nats_server
 from shared.bus import Bus, Outgoing
 from shared.clock import utc_now
 from shared.messages import ALL_PRICES, FEED_STATUS, SNAPSHOT_DUE, TIMER, SnapshotDue
-from tests.waiting import eventually
+from tests.waiting import eventually, settled
 
 
 def due(shard: int = 0) -> Outgoing:
@@ -202,7 +202,7 @@ async def test_listener_hears_what_is_published_on_its_subjects_from_then_on(bus
         await client.publish("prices.v1.equity.A", b"1")
         await client.publish("prices.v1.crypto.B", b"2")
         await client.publish(FEED_STATUS, b"3")
-        await client.flush()
+        await settled(client)
         await heard.wait_for("resumed", SNAPSHOT_DUE, "prices.v1.equity.A=1", "prices.v1.crypto.B=2")
     assert heard.told[-1] == "interrupted"
     await client.close()
@@ -247,7 +247,7 @@ async def test_listener_is_told_of_messages_that_found_no_room(bus: Bus, nats_ur
         await heard.wait_for("resumed")
         for _ in range(1000):  # arrive in few packets, before any is heard
             await client.publish("prices.v1.equity.A", b"1")
-        await client.flush()
+        await settled(client)
 
         async def is_told() -> bool:
             return "interrupted" in heard.told

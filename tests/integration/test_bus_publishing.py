@@ -14,7 +14,7 @@ from local.servers import nats_server
 from shared import publishing
 from shared.bus import Bus, BusUnavailable, Outgoing
 from shared.messages import PRICES, PriceTick, price_subject
-from tests.waiting import eventually
+from tests.waiting import eventually, settled
 
 AT = datetime(2026, 3, 2, 15, 0, tzinfo=UTC)
 
@@ -95,7 +95,7 @@ async def test_an_answer_of_somebody_else_is_no_acknowledgement(bus: Bus, nats_u
         await message.respond(b'{"ok":true}')
 
     await client.subscribe("elsewhere", cb=interfere)
-    await client.flush()
+    await settled(client)
     failed = await bus.publish_all([tick(0, "elsewhere")])
     assert [reason for _, reason in failed] == ["the answer is no acknowledgement"]
     await client.close()
@@ -107,7 +107,7 @@ async def test_what_nobody_acknowledges_is_given_up_and_the_rest_is_stored(
     monkeypatch.setattr(publishing, "PUBLISH_TIMEOUT_SECONDS", 0.3)
     client = await nats.connect(nats_url)
     await client.subscribe("mute")  # there is a listener, hence no refusal of the server
-    await client.flush()
+    await settled(client)
     failed = await bus.publish_all([tick(0), tick(1, "mute"), tick(2)])
     assert [(outgoing.subject, reason) for outgoing, reason in failed] == [
         ("mute", "no acknowledgement came in time")
@@ -132,10 +132,10 @@ async def test_a_caller_that_is_cancelled_leaves_the_room_to_others(
     monkeypatch.setattr(publishing, "PUBLISHES_IN_FLIGHT_MAX", 4)
     client = await nats.connect(nats_url)
     await client.subscribe("mute")
-    await client.flush()
+    await settled(client)
     waiting = asyncio.create_task(bus.publish_all(tick(number, "mute") for number in range(100)))
     second = asyncio.create_task(bus.publish_all(map(tick, range(10))))
-    await client.flush()
+    await settled(client)
     assert not second.done()
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):

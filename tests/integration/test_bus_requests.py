@@ -14,7 +14,7 @@ import pytest
 from local.servers import nats_server
 from shared.bus import Bus, BusUnavailable, Refused, Unanswered
 from shared.messages import Message, PricesReply, PricesRequested, SnapshotDue
-from tests.waiting import eventually
+from tests.waiting import eventually, settled
 
 SUBJECT = "tests.v1.requested"
 QUESTION = PricesRequested(symbols=("AAPL", "BRK.B"))
@@ -291,6 +291,6 @@ async def test_a_request_without_a_reply_subject_is_left(bus: Bus, nats_url: str
     async with serving(bus):
         await answered(bus)
         await client.publish(SUBJECT, json.dumps({"symbols": ["A"]}).encode())
-        await client.flush()
+        await settled(client)
         assert (await ask(bus)).unknown == QUESTION.symbols
     await client.close()

@@ -942,9 +942,10 @@ async def test_reader_holds_up_a_drop_and_the_drop_holds_up_nobody(
         stop.set()
         await reading
         assert len(waits) > 20
-        # Each attempt may hold them up once, for its bound of 80 ms; now and then a busy machine adds its own.
-        assert sorted(waits)[-3] < 0.1
-        assert max(waits) < 0.5
+        # Each attempt may hold them up once, for its bound of 80 ms, to which a busy machine adds its own; without the
+        # bound the first would hold them up until the reader ends.
+        assert sorted(waits)[-3] < 0.4
+        assert max(waits) < 2.0
         await reader.execute("ROLLBACK")
     assert await history.drop_partition(database, "details", names[0], keep_from)
     assert names[0] not in await tables(database, "position_snapshots")

@@ -51,7 +51,7 @@ from tests.factories import create_user, set_position, set_price
 from tests.integration.fake_alpaca import FakeAlpaca, answers, hangs, running_fake, trade
 from tests.integration.leases import held_lease
 from tests.market import closed_now, open_now
-from tests.waiting import eventually
+from tests.waiting import eventually, settled
 
 TEN = datetime(2026, 3, 2, 15, 0, 0, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -302,7 +302,7 @@ async def test_tick_that_is_heard_is_found_in_the_table(
         compared.append((tick.sequence, cached.tick.sequence if cached else 0))
 
     await listener.subscribe("prices.v1.>", cb=compare)
-    await listener.flush()
+    await settled(listener)
     feeder = new_feed()
     for second in range(20):
         alpaca.trades = {"AAPL": trade(f"{200 + second}", f"2026-03-02T15:00:{second:02}Z")}
@@ -414,9 +414,9 @@ async def heard_confirmations(nats_url: str, publish: Callable[[], Awaitable[obj
     """Return which symbols are confirmed when, by what is published."""
     client = await nats.connect(nats_url)
     confirmations = await client.subscribe(PRICES_CONFIRMED)
-    await client.flush()
+    await settled(client)
     await publish()
-    await client.flush()
+    await settled(client)
     confirmed: dict[str, datetime] = {}
     while confirmations.pending_msgs:
         message = PricesConfirmed.model_validate_json((await confirmations.next_msg()).data)

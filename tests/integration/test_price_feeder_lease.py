@@ -28,7 +28,7 @@ from tests.integration.feeder_process import Process, price_feeder
 from tests.integration.feeding import feeding
 from tests.integration.leases import held_lease
 from tests.integration.simulated_market import SimulatedMarket, simulated_market
-from tests.waiting import eventually
+from tests.waiting import eventually, settled
 
 PortFactory = Callable[[], int]
 TEN = datetime(2026, 3, 2, 15, 0, 0, tzinfo=UTC)
@@ -318,7 +318,7 @@ async def test_feeder_that_was_frozen_writes_and_publishes_nothing_when_it_wakes
         await second.wait_for("prices_updated")  # the frozen one's connection has the stream's place still
         assert time.monotonic() - frozen_at < TAKEOVER_SECONDS_MAX
         await listener.subscribe("prices.v1.>", cb=heard)
-        await listener.flush()
+        await settled(listener)
         rounds = len(first.logged("prices_updated"))
         first.process.send_signal(signal.SIGCONT)
         await first.wait_for("lease_lost")
