@@ -29,11 +29,13 @@ class Figure:
 
     @property
     def times(self) -> float | None:
-        return None if self.seed_like is None else self.seed_like / self.ours
+        """How many times ours the seed's way costs; None as well when ours was too short for the clock of CPU time."""
+        return None if self.seed_like is None or not self.ours else self.seed_like / self.ours
 
     @property
     def share(self) -> float | None:
-        return None if self.limit is None else self.limit / self.ours
+        """The limit's cost as a share of ours; None as `times`."""
+        return None if self.limit is None or not self.ours else self.limit / self.ours
 
     @property
     def goal(self) -> str:

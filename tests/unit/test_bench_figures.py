@@ -33,6 +33,11 @@ def test_goal_without_what_it_compares_with_is_missed() -> None:
     assert Figure("x", "ms", 2.0, share_min=0.1).reached is False
 
 
+def test_what_was_too_short_to_be_measured_has_no_ratio() -> None:
+    figure = Figure("x", "ms", 0.0, seed_like=20.0, limit=1.5)
+    assert (figure.times, figure.share) == (None, None)
+
+
 def test_percentile_is_a_value_that_so_many_do_not_exceed() -> None:
     values = [40.0, 10.0, 30.0, 20.0]
     assert [percentile(values, share) for share in (0.25, 0.5, 0.51, 0.99)] == [10, 20, 30, 40]
