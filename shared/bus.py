@@ -214,6 +214,16 @@ class Bus:
         assert any(fnmatchcase(subject, pattern) for pattern in stream.subjects)
         await self.publish(Outgoing(subject, message))
 
+    async def last(self, stream: Stream, subject: str) -> bytes | None:
+        """Return the payload of the last message that a stream keeps of a subject, if any; raises BusUnavailable."""
+        if not self._client.is_connected:
+            raise BusUnavailable(self._problem)
+        try:
+            return await streams.read_last(self._client, stream, subject)
+        except FAILURES as error:
+            self._doubtful.set()
+            raise BusUnavailable(reason(error)) from error
+
     async def take(self, stream: Stream, subject: str) -> bytes | None:
         """Delete the last message that was put on `subject` and return its payload; of many takers one gets it.
 

@@ -80,6 +80,17 @@ async def _sized(
     return await _api(client, request, configuration | {"max_bytes": -1, "discard": "old"})
 
 
+async def read_last(client: Client, stream: Stream, subject: str) -> bytes | None:
+    """Return the payload of the last message on `subject`; None when there is none."""
+    try:
+        stored = (await _api(client, f"STREAM.MSG.GET.{stream.name}", {"last_by_subj": subject}))["message"]
+    except ApiError as error:
+        if error.err_code == _NO_MESSAGE:
+            return None
+        raise
+    return base64.b64decode(stored.get("data", ""))
+
+
 async def take_last(client: Client, stream: Stream, subject: str) -> bytes | None:
     """Delete the last message on `subject` and return it; None when there is none, or another one took it first."""
     try:

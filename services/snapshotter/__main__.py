@@ -39,8 +39,21 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as tasks:
             if calendar:
                 tasks.create_task(calendar.keep(database, stop))
-            tasks.create_task(timer.run(bus, settings.interval, settings.snapshot_shards, stop, calendar))
-            tasks.create_task(snapshots.run(database, bus, settings.interval, stop, calendar=calendar))
+            tasks.create_task(
+                timer.run(
+                    bus,
+                    settings.interval,
+                    settings.snapshot_shards,
+                    stop,
+                    calendar,
+                    late_max=settings.late_max,
+                )
+            )
+            tasks.create_task(
+                snapshots.run(
+                    database, bus, settings.interval, stop, late_max=settings.late_max, calendar=calendar
+                )
+            )
             tasks.create_task(requested.run(database, bus, settings.cooldown, stop))
             tasks.create_task(upkeep.run(database, settings.upkeep, stop))
 

@@ -24,6 +24,10 @@ class Settings(ServiceSettings):
     snapshot_interval_minutes: Annotated[float, Field(ge=MINUTES_MIN, le=MINUTES_MAX)] = Field(
         default=5, description="Minutes between two slots; a fraction is allowed."
     )
+    snapshot_late_seconds_max: Annotated[float, Field(ge=1, le=MINUTES_MAX * 60)] | None = Field(
+        default=None,
+        description="Seconds after which a slot that is late is left out; unset: one interval.",
+    )
     snapshot_market_hours_only: bool = Field(
         default=False, description="Whether slots outside the regular session of US equities are left out."
     )
@@ -66,6 +70,11 @@ class Settings(ServiceSettings):
     @property
     def interval(self) -> timedelta:
         return timedelta(minutes=self.snapshot_interval_minutes)
+
+    @property
+    def late_max(self) -> timedelta:
+        seconds = self.snapshot_late_seconds_max
+        return self.interval if seconds is None else timedelta(seconds=seconds)
 
     @property
     def cooldown(self) -> timedelta:

@@ -50,19 +50,26 @@ async def run(
     interval: timedelta,
     stop: asyncio.Event,
     *,
+    late_max: timedelta | None = None,
     calendar: Calendar | None = None,
     ack_wait_seconds: float = ACK_WAIT_SECONDS,
 ) -> None:
     """Handle due shards as the stream delivers them, a few at a time, until `stop` is set.
 
-    A shard whose replica is silent for `ack_wait_seconds` is given to another. With `calendar`, slots outside its
-    sessions are skipped, whoever announced them.
+    A shard whose replica is silent for `ack_wait_seconds` is given to another. One that is older than `late_max`, one
+    interval unless given, is skipped. With `calendar`, slots outside its sessions are skipped, whoever announced them.
     """
     async with asyncio.TaskGroup() as tasks:
         for _ in range(AT_ONCE_MAX):
             tasks.create_task(
                 _handle_each(
-                    database, bus, interval, stop, calendar=calendar, ack_wait_seconds=ack_wait_seconds
+                    database,
+                    bus,
+                    interval,
+                    stop,
+                    late_max=late_max,
+                    calendar=calendar,
+                    ack_wait_seconds=ack_wait_seconds,
                 )
             )
 
@@ -73,12 +80,15 @@ async def _handle_each(
     interval: timedelta,
     stop: asyncio.Event,
     *,
+    late_max: timedelta | None,
     calendar: Calendar | None,
     ack_wait_seconds: float,
 ) -> None:
     async for delivery in bus.consume(TIMER, durable=CONSUMER, ack_wait_seconds=ack_wait_seconds, stop=stop):
         await lifecycle.finish(
-            handle(database, bus, delivery, interval, calendar), stop, stop_seconds_max=STOP_SECONDS_MAX
+            handle(database, bus, delivery, interval, calendar, late_max=late_max),
+            stop,
+            stop_seconds_max=STOP_SECONDS_MAX,
         )
 
 
@@ -88,6 +98,8 @@ async def handle(
     delivery: Delivery,
     interval: timedelta,
     calendar: Calendar | None = None,
+    *,
+    late_max: timedelta | None = None,
 ) -> None:
     """Take the snapshots that one message asks for, and answer the message."""
     try:
@@ -100,7 +112,7 @@ async def handle(
         await delivery.discard()
         return
     hours = calendar.hours if calendar else None
-    reason = not_takeable(due.scheduled_at, clock.utc_now(), interval, hours)
+    reason = not_takeable(due.scheduled_at, clock.utc_now(), late_max or interval, hours)
     if reason:
         shards_handled.labels("skipped").inc()
         log.warning("snapshot_skipped", **_slot(due), reason=reason, deliveries=delivery.deliveries)
@@ -170,14 +182,14 @@ async def take(
 
 
 def not_takeable(
-    scheduled_at: datetime, now: datetime, interval: timedelta, hours: MarketHours | None = None
+    scheduled_at: datetime, now: datetime, late_max: timedelta, hours: MarketHours | None = None
 ) -> str | None:
     """Say why a slot must not be stored at `now`: its prices are gone, or not there yet. None when it may.
 
     With `hours`, neither may one outside their sessions.
     """
-    if now - scheduled_at >= interval:
-        return f"older than one interval of {interval.total_seconds():g} s: prices are no longer that slot's"
+    if now - scheduled_at >= late_max:
+        return f"older than {late_max.total_seconds():g} s: prices are no longer that slot's"
     if scheduled_at - now > CLOCK_SKEW_MAX:
         return "in the future"
     if hours is not None and not hours.is_in_session(scheduled_at):

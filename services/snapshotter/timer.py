@@ -1,40 +1,90 @@
 """The timer: on every boundary, publish that each shard is due."""
 
 import asyncio
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 
 from prometheus_client import Counter
+from pydantic import ValidationError
 
 from shared import clock, logs
-from shared.bus import Bus, Outgoing
+from shared.bus import Bus, BusUnavailable, Outgoing
 from shared.market_calendar import Calendar
-from shared.messages import SNAPSHOT_DUE, SnapshotDue
+from shared.messages import SNAPSHOT_DUE, TIMER, SnapshotDue
 
 RETRY_SECONDS = 1.0
 
 slots_announced = Counter("snapshot_slots_announced", "Slots whose shards were all published as due")
-slots_missed = Counter("snapshot_slots_missed", "Slots that could not be published before the next one")
+slots_missed = Counter("snapshot_slots_missed", "Slots that could not be published in time")
 
 log = logs.get_logger()
 
 
 async def run(
-    bus: Bus, interval: timedelta, shards: int, stop: asyncio.Event, calendar: Calendar | None = None
+    bus: Bus,
+    interval: timedelta,
+    shards: int,
+    stop: asyncio.Event,
+    calendar: Calendar | None = None,
+    *,
+    late_max: timedelta | None = None,
 ) -> None:
     """Announce each slot when it is reached, beginning with the current one, until `stop` is set.
 
     Beginning with the slot that is under way means that a restart across a boundary loses no slot; where a
-    replica has announced it already, the stream discards the copy. With `calendar`, the slots outside its
-    sessions are left out.
+    replica has announced it already, the stream discards the copy. Slots that nobody could announce in time are
+    announced while they are younger than `late_max`, one interval unless given, also those before the start. With
+    `calendar`, the slots outside its sessions are left out.
     """
+    late_max = late_max or interval
     is_resting = False
-    async for scheduled_at in clock.aligned_ticks(interval, stop):
-        was_resting, is_resting = is_resting, _rests(scheduled_at, calendar, said=is_resting)
-        if is_resting:
-            continue
-        if was_resting:
-            log.info("snapshots_resumed", scheduled_at=scheduled_at.isoformat())
-        await announce(bus, scheduled_at, interval, shards, stop)
+    announced = await _last_announced(bus, stop) if late_max > interval else None
+    async for reached in clock.aligned_ticks(interval, stop):
+        for scheduled_at in _slots(announced, reached, interval, clock.utc_now() - late_max):
+            was_resting, is_resting = is_resting, _rests(scheduled_at, calendar, said=is_resting)
+            if was_resting and not is_resting:
+                log.info("snapshots_resumed", scheduled_at=scheduled_at.isoformat())
+            if not is_resting:
+                await announce(bus, scheduled_at, late_max, shards, stop)
+        announced = reached
+
+
+def _slots(
+    announced: datetime | None, reached: datetime, interval: timedelta, too_late: datetime
+) -> Iterator[datetime]:
+    """Yield the slots after the one that was announced last and after `too_late`, up to `reached`.
+
+    That one alone when none was announced, or when the clock has gone back.
+    """
+    slot = reached
+    if announced is not None and announced < reached:
+        first = clock.next_boundary(announced, interval)
+        slot = max(first, clock.next_boundary(min(too_late, reached - interval), interval))
+        if missed := (slot - first) // interval:
+            slots_missed.inc(missed)
+            log.error(
+                "slots_missed",
+                slots=missed,
+                first=first.isoformat(),
+                reason="nobody could announce them in time",
+                advice="SNAPSHOT_LATE_SECONDS_MAX says how late a slot may be",
+            )
+    while slot <= reached:
+        yield slot
+        slot += interval
+
+
+async def _last_announced(bus: Bus, stop: asyncio.Event) -> datetime | None:
+    """Return the slot that some timer announced last, before this one began; None without one."""
+    while await bus.wait_until_ready(stop):
+        try:
+            payload = await bus.last(TIMER, SNAPSHOT_DUE)
+            return SnapshotDue.model_validate_json(payload).scheduled_at if payload else None
+        except BusUnavailable:
+            await clock.wait_for_stop(stop, RETRY_SECONDS)
+        except ValidationError:  # by hand, and malformed: nobody knows
+            return None
+    return None
 
 
 def _rests(scheduled_at: datetime, calendar: Calendar | None, *, said: bool) -> bool:
@@ -48,13 +98,13 @@ def _rests(scheduled_at: datetime, calendar: Calendar | None, *, said: bool) -> 
 
 
 async def announce(
-    bus: Bus, scheduled_at: datetime, interval: timedelta, shards: int, stop: asyncio.Event
+    bus: Bus, scheduled_at: datetime, late_max: timedelta, shards: int, stop: asyncio.Event
 ) -> None:
-    """Publish SnapshotDue for every shard, trying again while the slot is younger than one interval."""
+    """Publish SnapshotDue for every shard, trying again while the slot is younger than `late_max`."""
     waiting = [due(scheduled_at, shard, shards) for shard in range(shards)]
     reason = ""
     while not stop.is_set():
-        if clock.utc_now() - scheduled_at >= interval:
+        if clock.utc_now() - scheduled_at >= late_max:
             slots_missed.inc()
             log.error(
                 "slot_missed", scheduled_at=scheduled_at.isoformat(), shards=len(waiting), reason=reason

@@ -23,7 +23,7 @@ from shared.clock import last_boundary, utc_now
 from shared.database import Database
 from shared.market_calendar import Calendar
 from shared.market_hours import MarketHours
-from shared.messages import SNAPSHOT_DUE, TIMER, SnapshotDue, SnapshotsTaken
+from shared.messages import SNAPSHOT_DUE, TIMER, SnapshotDue, SnapshotsTaken, Stream
 from tests.factories import create_user, set_position, set_price
 from tests.market import closed_now, open_now
 from tests.waiting import eventually
@@ -344,10 +344,12 @@ async def client(nats_url: str) -> AsyncIterator[Client]:
 
 
 @asynccontextmanager
-async def snapshotter(database: Database, bus: Bus, interval: timedelta = MINUTE) -> AsyncIterator[None]:
+async def snapshotter(
+    database: Database, bus: Bus, interval: timedelta = MINUTE, *, late_max: timedelta | None = None
+) -> AsyncIterator[None]:
     stop = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(snapshots.run(database, bus, interval, stop))
+        tasks.create_task(snapshots.run(database, bus, interval, stop, late_max=late_max))
         try:
             yield
         finally:
@@ -500,6 +502,83 @@ async def test_an_outage_across_a_boundary_loses_no_later_slot(bus: Bus, client:
         stop.set()
     assert due is not None
     assert due.scheduled_at == last_boundary(away_until, interval)
+
+
+async def announced_slots(client: Client) -> list[datetime]:
+    """Return the slots in the stream, in its order."""
+    messages = (await client.jetstream().stream_info(TIMER.name)).state.messages
+    stored = [await client.jetstream().get_msg(TIMER.name, number + 1) for number in range(messages)]
+    return [SnapshotDue.model_validate_json(message.data or b"").scheduled_at for message in stored]
+
+
+async def test_with_room_for_late_slots_an_outage_loses_none(bus: Bus, client: Client) -> None:
+    """The bus is away for 3.5 slots, and there is time for ten."""
+    interval = timedelta(seconds=0.6)
+    first = last_boundary(utc_now(), interval)
+    away_until = first + 3.5 * interval
+
+    class Returning:
+        async def wait_until_ready(self, stop: asyncio.Event) -> bool:
+            return True
+
+        async def last(self, stream: Stream, subject: str) -> bytes | None:
+            return await bus.last(stream, subject)
+
+        async def publish_all(self, batch: Iterable[Outgoing]) -> list[tuple[Outgoing, str]]:
+            messages = list(batch)
+            if utc_now() < away_until:
+                return [(outgoing, "away") for outgoing in messages]
+            return await bus.publish_all(messages)
+
+    stop = asyncio.Event()
+
+    async def is_caught_up() -> bool:
+        return len(await announced_slots(client)) >= 5
+
+    async with asyncio.TaskGroup() as tasks:
+        running = timer.run(cast(Bus, Returning()), interval, 1, stop, late_max=10 * interval)
+        tasks.create_task(running)
+        await eventually(is_caught_up)
+        stop.set()
+    slots = await announced_slots(client)
+    assert slots[0] in (first, first + interval)  # a boundary may have passed before the timer began
+    assert slots == [slots[0] + number * interval for number in range(len(slots))]
+
+
+async def test_with_room_for_late_slots_those_that_no_timer_announced_before_the_start_are_announced(
+    bus: Bus, client: Client
+) -> None:
+    interval = timedelta(hours=1)
+    under_way = last_boundary(utc_now(), interval)
+    await bus.publish(timer.due(under_way - 6 * interval, 0, 1))
+    stop = asyncio.Event()
+
+    async def is_announced() -> bool:
+        return under_way in await announced_slots(client)
+
+    async with asyncio.TaskGroup() as tasks:
+        late_max = utc_now() - under_way + 3.5 * interval
+        tasks.create_task(timer.run(bus, interval, 1, stop, late_max=late_max))
+        await eventually(is_announced)
+        stop.set()
+    # The slots five and four hours ago are older than three and a half.
+    assert await announced_slots(client) == [under_way - hours * interval for hours in (6, 3, 2, 1, 0)]
+
+
+async def test_slot_that_is_late_but_not_too_late_is_taken(
+    database: Database, bus: Bus, client: Client
+) -> None:
+    await create_user(database, cash="5")
+    now = utc_now()
+    for seconds in (400, 250, 30):
+        await bus.publish(timer.due(now - timedelta(seconds=seconds), 0, 1))
+    async with snapshotter(database, bus, late_max=timedelta(seconds=300)):
+        assert await eventually(lambda: stored(database))
+        assert await eventually(lambda: is_all_acknowledged(client))
+    assert [now - row[1] for row in await stored(database)] == [  # type: ignore[operator]
+        timedelta(seconds=250),
+        timedelta(seconds=30),
+    ]
 
 
 async def test_garbage_and_late_messages_are_put_aside_and_the_next_one_is_taken(
