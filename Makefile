@@ -1,6 +1,6 @@
 # Commands of the project; `make` alone lists them. Everything runs from a virtual environment of its own.
 .DEFAULT_GOAL := help
-.PHONY: help run token smoke admin load-demo test check format bench env up down verify screenshot lock openapi asyncapi clean
+.PHONY: help run token smoke admin load-demo test faults soak check format bench env up down verify screenshot lock openapi asyncapi clean
 
 # Compiled modules are kept, else every start would compile pandas anew.
 export PYTHONDONTWRITEBYTECODE =
@@ -42,6 +42,12 @@ load-demo: $(LOCAL) ## USERS=100 DAYS=90: fill `make run` with users and their h
 test: $(DEVELOPMENT) $(PAGE) ## all tests on real servers; BACKEND=external|containers|local, ARGS=… for pytest
 	@exec $(BIN)/python -m pytest $(if $(filter external,$(BACKEND)),,-n 2 --dist loadgroup) \
 		$(if $(BACKEND),--backend $(BACKEND)) $(ARGS)
+
+faults: $(DEVELOPMENT) ## FAULT=7: inject every fault of the table, or one, into a system of its own
+	@exec $(BIN)/python -m tests.faults $(if $(FAULT),--fault '$(FAULT)') $(ARGS)
+
+soak: $(DEVELOPMENT) ## MINUTES=5 SEED=1: kill and freeze everything at random for so long, and count what was lost
+	@exec $(BIN)/python -m tests.faults --minutes '$(or $(MINUTES),5)' --seed '$(or $(SEED),1)' $(ARGS)
 
 check: $(DEVELOPMENT) ## format, lint, types, imports
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports

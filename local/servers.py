@@ -55,8 +55,10 @@ def child_command(command: Sequence[str], *, death_signal: str = "TERM") -> list
 
 
 @contextmanager
-def postgres(folder: Path, *, settings: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """Run PostgreSQL 18 with its data in `folder/data`, its log and password beside it, on a free port.
+def postgres(
+    folder: Path, *, settings: Mapping[str, str] | None = None, port: int | None = None
+) -> Iterator[Server]:
+    """Run PostgreSQL 18 with its data in `folder/data`, its log and password beside it, on `port` or a free one.
 
     The URL names the database `foliotick`, made on the first start. A second start finds the data again.
     """
@@ -66,7 +68,7 @@ def postgres(folder: Path, *, settings: Mapping[str, str] | None = None) -> Iter
     if not (data / "PG_VERSION").exists():
         _initialise_data(data, folder / "password")
     options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", **(settings or {})}
-    port, process = _start_postgres(data, folder / "postgres.log", options)
+    port, process = _start_postgres(data, folder / "postgres.log", options, port)
     try:
         _create_database(port, password)
         url = f"postgresql://foliotick:{password}@127.0.0.1:{port}/foliotick"
@@ -97,8 +99,8 @@ def replica_of(
 
 
 @contextmanager
-def nats_server(folder: Path) -> Iterator[Server]:
-    """Run nats-server with JetStream, its data and log in `folder`, on a free port."""
+def nats_server(folder: Path, *, port: int | None = None) -> Iterator[Server]:
+    """Run nats-server with JetStream, its data and log in `folder`, on `port` or a free one."""
     folder.mkdir(parents=True, exist_ok=True)
     password = kept_secret(folder / "password")
     for old in folder.glob("*.ports"):
@@ -106,7 +108,7 @@ def nats_server(folder: Path) -> Iterator[Server]:
     binary = Path(sys.executable).parent / "nats-server"
     if not binary.exists():
         raise ServerFailed("nats-server is missing: install requirements/local.txt")
-    command = [str(binary), "-c", str(_NATS_CONFIGURATION), "-a", "127.0.0.1", "-p", "-1"]
+    command = [str(binary), "-c", str(_NATS_CONFIGURATION), "-a", "127.0.0.1", "-p", str(port or -1)]
     command += ["-sd", str(folder), "--ports_file_dir", str(folder)]
     # In quotes, as the server parses the value: without, one like `-4f` or `12345` ends its start.
     environment = os.environ | {"NATS_USER": "foliotick", "NATS_PASSWORD": f'"{password}"'}
@@ -186,9 +188,11 @@ def _empty_data(data: Path) -> Path:
     return unfinished
 
 
-def _start_postgres(data: Path, log: Path, options: Mapping[str, str]) -> tuple[int, subprocess.Popen[bytes]]:
+def _start_postgres(
+    data: Path, log: Path, options: Mapping[str, str], wanted_port: int | None = None
+) -> tuple[int, subprocess.Popen[bytes]]:
     for _ in range(3):  # another process may take the free port first
-        port = free_port()
+        port = wanted_port or free_port()
         command = [_postgres_binary("postgres"), "-D", str(data), "-p", str(port)]
         for name, value in options.items():
             command += ["-c", f"{name}={value}"]

@@ -1,0 +1,104 @@
+"""Inject faults into a system of its own: `python -m tests.faults`, or `make faults` and `make soak`."""
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from tests.faults import mix, population
+from tests.faults.rows.row import Row
+from tests.faults.rows.table import ROWS
+from tests.faults.system import Options, System, running
+
+USERS = 60
+MIX_USERS = 200
+ACTS_PER_MINUTE = 20
+
+
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+async def play_rows(rows: list[Row], folder: Path, seed: int) -> int:
+    """Play the rows; those with the usual system share one. Return how many failed."""
+    failed = 0
+    async with AsyncExitStack() as stack:
+        usual: System | None = None
+        for row in rows:
+            lack = row.needs()
+            if lack:
+                say(f"{row.number:>3}  {row.name}\n       not run: {lack}")
+                continue
+            place = folder / f"row{row.number}"
+            place.mkdir()
+            people = population.drawn(USERS, seed)
+            options = row.options(place)
+            if options != Options() or row.start is not running:
+                async with row.start(place, people, options) as system:
+                    failed += not await _play(row, system, seed)
+            else:
+                if usual is None:
+                    usual = await stack.enter_async_context(running(place, people))
+                failed += not await _play(row, usual, seed)
+    return failed
+
+
+async def _play(row: Row, system: System, seed: int) -> bool:
+    """Play a row, and say in a line what was injected, seen, and found; tell whether all was well."""
+    began = time.monotonic()
+    async with mix.lively(system, seed) as life:
+        try:
+            seen, problem = await row.play(system, life), ""
+        except AssertionError as error:
+            seen, problem = "not what must be seen", str(error)
+        await system.heal()
+    verdict = await life.verdict(system)
+    is_good = not problem and verdict.is_good
+    say(f"{row.number:>3}  {row.name}  ({time.monotonic() - began:.0f} s)")
+    say(f"       injected: {row.injected}")
+    say(f"       seen:     {seen}")
+    say(f"       verdict:  {'ok' if is_good else 'FAILED'}: {verdict}".replace("\n", "\n                 "))
+    if problem:
+        say(f"                 {problem}")
+    return is_good
+
+
+async def play_mix(folder: Path, seed: int, minutes: float, users: int) -> int:
+    """Play a mix for so long; return 0 when nothing was lost."""
+    acts = round(ACTS_PER_MINUTE * minutes)
+    say(f"seed {seed}: {acts} kills, freezes and stops in {minutes:g} min, {users} users, a slot a second")
+    async with running(folder, population.drawn(users, seed)) as system:
+        done, verdict = await mix.run(system, seed, acts=acts, seconds=minutes * 60, say=say)
+    say(f"{done} acts; {'ok' if verdict.is_good else 'FAILED'}: {verdict}")
+    return 0 if verdict.is_good else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--fault", type=int, action="append", help="only this row of the table")
+    parser.add_argument(
+        "--minutes", type=float, help="a mix of kills and freezes for so long, instead of rows"
+    )
+    parser.add_argument("--users", type=int, default=MIX_USERS, help="of the mix")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    known = {row.number for row in ROWS}
+    unknown = set(arguments.fault or ()) - known
+    if unknown:
+        parser.error(f"there is no fault {sorted(unknown)}, but {sorted(known)}")
+    with tempfile.TemporaryDirectory(prefix="foliotick-faults-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        if arguments.minutes:
+            return asyncio.run(play_mix(folder, arguments.seed, arguments.minutes, arguments.users))
+        rows = [row for row in ROWS if not arguments.fault or row.number in arguments.fault]
+        failed = asyncio.run(play_rows(rows, folder, arguments.seed))
+    say(f"{len(rows) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,384 @@
+"""The checker: what must be there at the end, counted, and compared with what is."""
+
+import asyncio
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import asyncpg
+import nats
+import psutil
+
+from services.snapshotter.snapshots import CONSUMER
+from shared.messages import PRICES, TIMER, price_subject
+from tests.faults import audit
+from tests.faults.parts import Service
+from tests.faults.population import UNKNOWN_SYMBOL, Population, User
+from tests.faults.readers import Readers
+from tests.faults.system import MARKET_SEED, SHARDS, SLOT, System
+from tests.faults.truth import Market, market_value
+from tests.waiting import eventually
+
+Row = asyncpg.Record | Mapping[str, Any]
+
+QUIET_SECONDS_MAX = 90.0
+"""Within so long after the last fault all that is due must be done."""
+SAID_MAX = 5
+"""Findings of a kind that are told in full."""
+GROWTH_MAX = 1.35
+"""What a process that has been through everything may use, of what it used when it was new."""
+FEW = 12
+"""Tasks, files and threads more than at first that say nothing: connections in use, say."""
+
+_SNAPSHOTS = """
+SELECT timestamp, user_id, total_value, cash_balance, investment_value, unpriced_positions
+FROM portfolio_snapshots
+WHERE timestamp BETWEEN $1 AND $2
+"""
+_DETAILS = """
+SELECT timestamp, user_id, ticker, shares, cost_basis, current_value, price_per_share
+FROM position_snapshots
+WHERE timestamp BETWEEN $1 AND $2
+"""
+_HOLDINGS = """
+SELECT users.id, cash_balance, ticker, shares
+FROM users
+LEFT JOIN positions ON positions.user_id = users.id
+"""
+
+
+@dataclass(frozen=True)
+class Detail:
+    ticker: str
+    shares: Decimal
+    current_value: Decimal
+    price_per_share: Decimal
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A stored portfolio snapshot with its positions."""
+
+    at: datetime
+    user_id: int
+    total_value: Decimal
+    cash_balance: Decimal
+    investment_value: Decimal
+    unpriced_positions: int
+    details: tuple[Detail, ...]
+
+
+@dataclass
+class Verdict:
+    """What was counted, and what is wrong."""
+
+    counts: dict[str, object] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def is_good(self) -> bool:
+        return not self.wrong
+
+    def add(self, kind: str, found: Sequence[str]) -> None:
+        """Take in findings of a kind."""
+        self.wrong += [f"{kind}: {each}" for each in found[:SAID_MAX]]
+        if len(found) > SAID_MAX:
+            self.wrong.append(f"{kind}: and {len(found) - SAID_MAX} more")
+
+    def __str__(self) -> str:
+        counted = ", ".join(f"{name} {count}" for name, count in self.counts.items())
+        return "\n".join([counted, *self.wrong])
+
+
+async def check(
+    system: System,
+    readers: Readers,
+    first: datetime,
+    last: datetime,
+    *,
+    used: Mapping[str, "Usage"] | None = None,
+) -> Verdict:
+    """Wait until all slots from `first` to `last` are done, and compare everything with what must be there."""
+    verdict = Verdict()
+    slots = [first + number * SLOT for number in range((last - first) // SLOT + 1)]
+    connection = await asyncpg.connect(system.postgres.url)
+    try:
+        try:
+            await eventually(lambda: _is_quiet(system, last), timeout=QUIET_SECONDS_MAX, every=0.1)
+        except AssertionError:
+            verdict.wrong.append(f"not quiet within {QUIET_SECONDS_MAX:g} s")
+        snapshots = await _snapshots(connection, first, last)
+        verdict.counts["slots"] = len(slots)
+        verdict.counts["snapshots"] = len(snapshots)
+        verdict.counts["of"] = len(slots) * len(system.population.active)
+        verdict.add("due", not_once(snapshots, slots, system.population.active))
+        verdict.add("snapshot", incomplete(snapshots, system.population))
+        verdict.add("prices of a slot", torn(snapshots))
+        prices = await connection.fetch(audit.PRICES)
+        verdict.counts["prices stored"] = len(prices)
+        verdict.add("price", untrue(prices, snapshots))
+        went_back = await connection.fetch(audit.WENT_BACK)
+        verdict.add("price went back", [str(dict(row)) for row in went_back])
+        verdict.counts["orders"] = system.population.orders_committed
+        verdict.add("order", lost_orders(await connection.fetch(_HOLDINGS), system.population))
+        verdict.add("bus", await _unlike_the_bus(connection, system))
+    finally:
+        await connection.close()
+    verdict.counts["answers"] = dict(sorted(readers.counts.items()))
+    verdict.counts["slowest"] = f"{readers.slowest_seconds:.1f} s"
+    verdict.add("answer", readers.wrong)
+    verdict.add("request", readers.unexcused())
+    if used is not None:
+        verdict.add("leak", await grown(system, used))
+    return verdict
+
+
+async def _is_quiet(system: System, last: datetime) -> bool:
+    """Tell whether nothing that was asked for is left to be done, up to the slot `last`."""
+    client = await nats.connect(system.nats.url)
+    try:
+        info = await client.jetstream().consumer_info(TIMER.name, CONSUMER)
+        newest = await client.jetstream().get_last_msg(TIMER.name, TIMER.subjects[0])
+    finally:
+        await client.close()
+    announced = datetime.fromisoformat(json.loads(newest.data or b"")["scheduled_at"])
+    return announced > last and not info.num_ack_pending and not info.num_pending
+
+
+# ---- snapshots -----------------------------------------------------------------------------------
+
+
+async def _snapshots(
+    connection: "asyncpg.Connection[asyncpg.Record]", first: datetime, last: datetime
+) -> list[Snapshot]:
+    details: dict[tuple[datetime, int], list[Detail]] = defaultdict(list)
+    for row in await connection.fetch(_DETAILS, first, last):
+        details[row["timestamp"], row["user_id"]].append(
+            Detail(row["ticker"], row["shares"], row["current_value"], row["price_per_share"])
+        )
+    return [
+        Snapshot(
+            row["timestamp"],
+            row["user_id"],
+            row["total_value"],
+            row["cash_balance"],
+            row["investment_value"],
+            row["unpriced_positions"],
+            tuple(details[row["timestamp"], row["user_id"]]),
+        )
+        for row in await connection.fetch(_SNAPSHOTS, first, last)
+    ]
+
+
+def not_once(snapshots: Iterable[Snapshot], slots: Iterable[datetime], active: Iterable[User]) -> list[str]:
+    """Return which due (slot, user) has no snapshot, or more than one, and which was never due."""
+    stored = Counter((snapshot.at, snapshot.user_id) for snapshot in snapshots)
+    due = {(slot, user.id) for slot in slots for user in active}
+    found = [f"no snapshot of slot {at:%H:%M:%S} and user {user}" for at, user in sorted(due - stored.keys())]
+    found += [
+        f"{count} snapshots of slot {at:%H:%M:%S} and user {user}"
+        for (at, user), count in sorted(stored.items())
+        if count > 1
+    ]
+    found += [
+        f"a snapshot at {at:%H:%M:%S.%f} of user {user} that was not due"
+        for at, user in sorted(stored.keys() - due)
+    ]
+    return found
+
+
+def incomplete(snapshots: Iterable[Snapshot], population: Population) -> list[str]:
+    """Return which snapshots have not exactly the positions of their user, or do not add up."""
+    users = {user.id: user for user in population.users}
+    found = []
+    for snapshot in snapshots:
+        user = users[snapshot.user_id]
+        name = f"{snapshot.at:%H:%M:%S} of {user.subject}"
+        held = {detail.ticker: detail.shares for detail in snapshot.details}
+        unpriced = user.shares.keys() & {UNKNOWN_SYMBOL}
+        held |= {symbol: user.shares[symbol] for symbol in unpriced}
+        if snapshot.unpriced_positions != len(unpriced) or len(held) != len(snapshot.details) + len(unpriced):
+            found.append(f"{name}: {snapshot.unpriced_positions} positions without a price, {sorted(held)}")
+        orders = range(len(user.orders) + 1)
+        if not any((snapshot.cash_balance, held) == user.holdings(number) for number in orders):
+            found.append(f"{name}: cash {snapshot.cash_balance} and {held} at no time")
+        for detail in snapshot.details:
+            if detail.current_value != market_value(detail.shares, detail.price_per_share):
+                found.append(f"{name}: {detail}")
+        invested = sum((detail.current_value for detail in snapshot.details), Decimal(0))
+        if snapshot.investment_value != invested or snapshot.total_value != invested + snapshot.cash_balance:
+            found.append(f"{name}: {snapshot.total_value} of {snapshot.investment_value}, not {invested}")
+    return found
+
+
+def torn(snapshots: Iterable[Snapshot]) -> list[str]:
+    """Return which slots have more prices of a symbol than shards: a shard is valued from one view of the data."""
+    prices: dict[tuple[datetime, str], set[Decimal]] = defaultdict(set)
+    for snapshot in snapshots:
+        for detail in snapshot.details:
+            prices[snapshot.at, detail.ticker].add(detail.price_per_share)
+    return [
+        f"{ticker} in slot {at:%H:%M:%S}: {sorted(several)}"
+        for (at, ticker), several in sorted(prices.items())
+        if len(several) > SHARDS
+    ]
+
+
+def untrue(stored: Iterable[Row], snapshots: Iterable[Snapshot]) -> list[str]:
+    """Return which stored prices the market never had, and which prices of snapshots were never stored."""
+    market = Market(MARKET_SEED)
+    known = set()
+    found = []
+    for row in stored:
+        symbol, price, traded_at = row["symbol"], row["price"], row["traded_at"]
+        known.add((symbol, price))
+        if market.price_of(symbol, traded_at) != price:
+            found.append(f"{symbol} at {price} as of {traded_at}")
+    used = {(detail.ticker, detail.price_per_share) for snapshot in snapshots for detail in snapshot.details}
+    return found + [f"{symbol} at {price} in a snapshot" for symbol, price in sorted(used - known)]
+
+
+# ---- orders, bus, processes ----------------------------------------------------------------------
+
+
+def lost_orders(rows: Iterable[Row], population: Population) -> list[str]:
+    """Return whose portfolio lacks an order that was acknowledged."""
+    cash: dict[object, object] = {}
+    held: dict[object, dict[object, object]] = defaultdict(dict)
+    for row in rows:
+        cash[row["id"]] = row["cash_balance"]
+        if row["ticker"] is not None:
+            held[row["id"]][row["ticker"]] = row["shares"]
+    found = []
+    for user in population.users:
+        committed = [order.number for order in user.orders if order.committed_at is not None]
+        possible = range(max(committed, default=0), len(user.orders) + 1)
+        if not any((cash[user.id], held[user.id]) == user.holdings(number) for number in possible):
+            found.append(f"{user.subject} has {cash[user.id]}, after no order in {possible}")
+    return found
+
+
+async def _unlike_the_bus(connection: "asyncpg.Connection[asyncpg.Record]", system: System) -> list[str]:
+    """Return which last prices on the bus are not those in the table, after some time to settle."""
+    client = await nats.connect(system.nats.url)
+    js = client.jetstream()
+
+    async def differing() -> list[str]:
+        found = []
+        for row in await connection.fetch("SELECT symbol, price, sequence FROM asset_prices"):
+            try:
+                message = await js.get_last_msg(PRICES.name, price_subject(row["symbol"]))
+                tick = json.loads(message.data or b"{}")
+            except nats.js.errors.NotFoundError:
+                tick = {"price": None, "sequence": None}
+            if (tick["price"] and Decimal(tick["price"]), tick["sequence"]) != (
+                row["price"],
+                row["sequence"],
+            ):
+                found.append(f"{row['symbol']} is {dict(row)} in the table and {tick} on the bus")
+        return found
+
+    found: list[str] = []
+    try:
+        for _ in range(20):  # prices go on moving: a difference is one when it stays
+            found = await differing()
+            if not found:
+                break
+            await asyncio.sleep(0.25)
+    finally:
+        await client.close()
+    return found
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a process uses."""
+
+    tasks: int
+    threads: int
+    files: int
+    memory_mb: float
+
+
+async def usage(system: System) -> dict[str, Usage]:
+    """Return what each service that runs uses now, by its name."""
+    return {service.name: await _usage(service) for service in system.all_services if service.pids()}
+
+
+async def _usage(service: Service) -> Usage:
+    process = psutil.Process(service.pids()[0])
+    _, text = await service.ask("metrics")
+    return Usage(
+        tasks=int(_metric(text, "foliotick_tasks") or 0),
+        threads=process.num_threads(),
+        files=process.num_fds(),
+        memory_mb=process.memory_info().rss / 1e6,
+    )
+
+
+def _metric(text: str, name: str) -> float | None:
+    for line in text.splitlines():
+        if line.startswith(f"{name} "):
+            return float(line.split()[1])
+    return None
+
+
+async def grown(system: System, before: Mapping[str, Usage]) -> list[str]:
+    """Return which services use more than they did, and what was left behind."""
+    found: list[str] = []
+    for _ in range(10):  # what is under way just now is no leak
+        found = [
+            each
+            for service in system.all_services
+            if service.name in before
+            for each in _grown(service.name, before[service.name], await _usage(service))
+        ]
+        if not found:
+            break
+        await asyncio.sleep(1)
+    connection = await asyncpg.connect(system.postgres.url)
+    try:
+        await eventually(lambda: _are_few(connection, system), timeout=30)
+    except AssertionError:
+        found.append("connections to PostgreSQL that no service has")
+    finally:
+        await connection.close()
+    running = {child.pid for child in psutil.Process().children()}
+    known = {pid for part in system.parts for pid in part.pids()[:1]}
+    found += [f"process {pid}" for pid in running - known if _is_of(pid, system)]
+    return found
+
+
+def _grown(name: str, before: Usage, now: Usage) -> list[str]:
+    found = []
+    for what in ("tasks", "threads", "files"):
+        least, most = getattr(before, what), getattr(now, what)
+        if most > least * GROWTH_MAX + FEW:
+            found.append(f"{name}: {most} {what}, {least} before")
+    if now.memory_mb > before.memory_mb * GROWTH_MAX + 20:
+        found.append(f"{name}: {now.memory_mb:.0f} MB, {before.memory_mb:.0f} before")
+    return found
+
+
+def _is_of(pid: int, system: System) -> bool:
+    """Tell whether a process is a service of this system."""
+    try:
+        return psutil.Process(pid).environ().get("DATABASE_URL") == system.postgres.url
+    except psutil.Error:
+        return False
+
+
+async def _are_few(connection: "asyncpg.Connection[asyncpg.Record]", system: System) -> bool:
+    """Tell whether no more connections are open than the services' pools may have."""
+    open_now = await connection.fetchval(
+        "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+    )
+    most = 1 + sum(
+        {"price_feeder": 4 + 2, "snapshotter": 12, "api_gateway": 10 + 2}[kind] * len(replicas)
+        for kind, replicas in system.services.items()
+    )
+    return bool(open_now <= most)

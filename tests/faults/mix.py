@@ -1,0 +1,122 @@
+"""Kills and freezes by a seeded schedule, while users read and order and prices move."""
+
+import asyncio
+import random
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+
+from shared.clock import next_boundary, utc_now
+from tests.faults import checker
+from tests.faults.checker import Verdict
+from tests.faults.parts import Part, Postgres
+from tests.faults.readers import Readers
+from tests.faults.system import SLOT, System
+
+READERS = 6
+SERVER_SHARE = 0.2
+"""So many of all acts befall PostgreSQL and NATS."""
+FREEZE_SECONDS = (0.5, 6.0)
+SERVER_FREEZE_SECONDS = (0.3, 3.0)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Act:
+    """Something that is done to a part, so many seconds after the beginning."""
+
+    at_seconds: float
+    part: str
+    what: str
+    """`kill`, `freeze` or `stop`."""
+    for_seconds: float = 0.0
+    """How long it stays frozen."""
+
+
+def schedule(system: System, seed: int, *, acts: int, seconds: float) -> list[Act]:
+    """Draw so many acts, spread over so many seconds."""
+    chance = random.Random(seed)
+    services = [service.name for service in system.all_services]
+    servers = [system.postgres.name, system.nats.name]
+    drawn = []
+    for number in range(acts):
+        at = seconds * (number + chance.random()) / acts
+        is_server = chance.random() < SERVER_SHARE
+        part = chance.choice(servers if is_server else services)
+        what = chance.choices(("kill", "freeze", "stop"), (5, 4, 1))[0]
+        lasts = chance.uniform(*(SERVER_FREEZE_SECONDS if is_server else FREEZE_SECONDS))
+        drawn.append(Act(at, part, what, lasts if what == "freeze" else 0.0))
+    return drawn
+
+
+async def play(system: System, acts: Sequence[Act], say: Say) -> int:
+    """Do all that is scheduled; return how many acts befell a part that was well, or could be struck again."""
+    began = time.monotonic()
+    done = 0
+    async with asyncio.TaskGroup() as tasks:
+        for act in acts:
+            await asyncio.sleep(max(0.0, began + act.at_seconds - time.monotonic()))
+            part = system.part(act.part)
+            if not part.pids():  # it is coming up: there is nothing to be killed yet
+                say(f"{time.monotonic() - began:7.1f} s  {act.what:<7} {act.part}: it is not there")
+                continue
+            lasts = f" for {act.for_seconds:.1f} s" if act.for_seconds else ""
+            say(f"{time.monotonic() - began:7.1f} s  {act.what:<7} {act.part}{lasts}")
+            done += 1
+            tasks.create_task(_do(part, act))
+    return done
+
+
+async def _do(part: Part, act: Act) -> None:
+    if act.what == "kill":
+        part.kill()
+    elif act.what == "stop":
+        await part.terminate(signal.SIGINT if isinstance(part, Postgres) else signal.SIGTERM)
+    else:
+        struck = part.process
+        part.freeze()
+        await asyncio.sleep(act.for_seconds)
+        if part.process is struck:
+            part.thaw()
+
+
+@dataclass
+class Life:
+    """What goes on in a system while faults are injected."""
+
+    readers: Readers
+    used: dict[str, checker.Usage]
+    first: datetime
+    """The first slot that is due."""
+
+    async def verdict(self, system: System) -> Verdict:
+        """Wait until all is quiet, and compare everything up to now with what must be there."""
+        last = next_boundary(utc_now(), SLOT)
+        return await checker.check(system, self.readers, self.first, last, used=self.used)
+
+
+@asynccontextmanager
+async def lively(system: System, seed: int, *, readers: int = READERS) -> AsyncIterator[Life]:
+    """Let users read and order while the block runs."""
+    stop = asyncio.Event()
+    life = Life(Readers(system), await checker.usage(system), next_boundary(utc_now(), SLOT))
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(life.readers.run(readers, stop, seed))
+        tasks.create_task(system.population.place_orders(system.postgres.url, stop, seed))
+        try:
+            yield life
+        finally:
+            stop.set()
+
+
+async def run(system: System, seed: int, *, acts: int, seconds: float, say: Say) -> tuple[int, Verdict]:
+    """Play a mix, heal everything, and return how many acts there were and what the checker says."""
+    async with lively(system, seed) as life:
+        done = await play(system, schedule(system, seed, acts=acts, seconds=seconds), say)
+        say(f"{'':7}    healing")
+        await system.heal()
+    return done, await life.verdict(system)

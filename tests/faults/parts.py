@@ -1,0 +1,308 @@
+"""The parts of a system: real processes, to be killed, frozen and stopped, that come up again by themselves."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import asyncpg
+import psutil
+
+from local.servers import Server, ServerFailed, child_command, nats_server, postgres
+from local.settings import ROOT
+from tests.waiting import eventually
+
+LOOK_SECONDS = 0.05
+RESTART_PAUSE_SECONDS = 0.2
+"""As long as a container engine waits before it starts anew what has ended."""
+START_SECONDS_MAX = 60.0
+STOP_SECONDS_MAX = 15.0
+ASK_SECONDS_MAX = 3.0
+
+
+@dataclass
+class Spell:
+    """A stretch of time in which a part was dead, frozen or stopping; times are of `time.monotonic`."""
+
+    why: str
+    began_at: float
+    ended_at: float | None = None
+
+    def overlaps(self, began_at: float, ended_at: float, *, after_seconds: float = 0.0) -> bool:
+        """Tell whether it was under way between two moments, or had ended at most so long before."""
+        return self.began_at <= ended_at and (
+            self.ended_at is None or began_at <= self.ended_at + after_seconds
+        )
+
+
+@dataclass
+class Part(ABC):
+    """A process that is started again whenever it ends, until it is not wanted any more."""
+
+    name: str
+    spells: list[Spell] = field(default_factory=list)
+    exit_codes: list[int] = field(default_factory=list)
+    """Of each process that ended, negative for a signal."""
+    process: "subprocess.Popen[bytes] | None" = None
+    _wanted: bool = False
+    _watching: asyncio.Task[None] | None = None
+    _struck: "subprocess.Popen[bytes] | None" = None
+    """The process that the present spell befell."""
+
+    @abstractmethod
+    async def _launch(self) -> "subprocess.Popen[bytes]":
+        """Start the process."""
+
+    @abstractmethod
+    async def is_ready(self) -> bool:
+        """Tell whether it can do its work."""
+
+    async def _clean_up(self) -> None:  # noqa: B027  # most leave nothing
+        """Clear away what a process that has ended left behind."""
+
+    def pids(self) -> list[int]:
+        """Return the ids of its processes, the one that starts the others first."""
+        return [self.process.pid] if self.process is not None and self.process.poll() is None else []
+
+    # ---- life ------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start it, and keep it running."""
+        self._wanted = True
+        self._begin("starting")
+        self.process = await self._launch()
+        self._watching = asyncio.create_task(self._keep_running())
+
+    async def wait_until_ready(self, seconds_max: float = START_SECONDS_MAX) -> None:
+        """Wait until it is ready and nothing is the matter with it."""
+
+        async def is_well() -> bool:
+            return self.spell is None and await self.is_ready()
+
+        try:
+            await eventually(is_well, timeout=seconds_max, every=LOOK_SECONDS)
+        except AssertionError:
+            raise AssertionError(f"{self.name} was not ready within {seconds_max:g} s") from None
+
+    async def end(self) -> int | None:
+        """Let it stop, for good; return its exit code, None when it had to be killed."""
+        self._wanted = False
+        self.thaw()
+        code = await self.terminate()
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        await self._clean_up()
+        return code
+
+    async def _keep_running(self) -> None:
+        """Start it anew when it has ended, and note when it is ready again."""
+        while self._wanted:
+            assert self.process is not None
+            code = self.process.poll()
+            if code is not None:
+                self.exit_codes.append(code)
+                if self.spell is None:
+                    self._begin(f"ended by itself with {code}")
+                await self._clean_up()
+                await asyncio.sleep(RESTART_PAUSE_SECONDS)
+                if self._wanted:
+                    self.process = await self._launch()
+            elif self.spell is not None and self.process is not self._struck and await self.is_ready():
+                self._heal()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    # ---- faults ----------------------------------------------------------------------------------
+
+    @property
+    def spell(self) -> Spell | None:
+        """What is the matter with it now."""
+        return self.spells[-1] if self.spells and self.spells[-1].ended_at is None else None
+
+    def kill(self) -> None:
+        """Kill it with SIGKILL; it is started anew."""
+        self._begin("killed")
+        for pid in self.pids()[:1]:
+            os.kill(pid, signal.SIGKILL)
+
+    def freeze(self) -> None:
+        """Stop it in its tracks, until `thaw`."""
+        self._begin("frozen")
+        for pid in self.pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        for pid in reversed(self.pids()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        if self.spell is not None and self.spell.why == "frozen":
+            self._heal()
+
+    async def terminate(self, number: signal.Signals = signal.SIGTERM) -> int | None:
+        """Ask it to stop, and wait; return its exit code, None when it had to be killed. It is started anew."""
+        process = self.process
+        if process is None or process.poll() is not None:
+            return None if process is None else process.returncode
+        self._begin("stopping")
+        process.send_signal(number)
+        deadline = time.monotonic() + STOP_SECONDS_MAX
+        while process.poll() is None:
+            if time.monotonic() > deadline:
+                process.kill()
+                await asyncio.to_thread(process.wait)
+                return None
+            await asyncio.sleep(LOOK_SECONDS)
+        return process.returncode
+
+    def _begin(self, why: str) -> None:
+        if self.spell is not None:
+            self._heal()
+        self.spells.append(Spell(why, time.monotonic()))
+        self._struck = self.process
+
+    def _heal(self) -> None:
+        assert self.spell is not None
+        self.spell.ended_at = time.monotonic()
+
+
+@dataclass
+class Service(Part):
+    """A service as a process of its own."""
+
+    module: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    folder: Path = Path()
+    health_url: str = ""
+    http: aiohttp.ClientSession | None = None
+    ready_path: str = "readyz"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.name}.log"
+
+    async def _launch(self) -> "subprocess.Popen[bytes]":
+        with self.log.open("ab") as output:
+            return subprocess.Popen(
+                child_command([sys.executable, "-m", *self.module.split()]),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=dict(self.environment),
+                start_new_session=True,
+            )
+
+    async def is_ready(self) -> bool:
+        status, _ = await self.ask(self.ready_path)
+        return status == 200
+
+    async def ask(self, path: str) -> tuple[int, str]:
+        """Return status and text of an address on the health port; status 0 when there is no answer."""
+        assert self.http is not None
+        try:
+            async with self.http.get(
+                f"{self.health_url}/{path}", timeout=aiohttp.ClientTimeout(total=ASK_SECONDS_MAX)
+            ) as answer:
+                return answer.status, await answer.text()
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return 0, ""
+
+
+@dataclass
+class _Embedded(Part):
+    """A server from a wheel; it comes up again on the same port, with the same data."""
+
+    folder: Path = Path()
+    port: int = 0
+    server: Server | None = None
+    _context: AbstractContextManager[Server] | None = None
+
+    @abstractmethod
+    def _open(self) -> AbstractContextManager[Server]: ...
+
+    @property
+    def url(self) -> str:
+        assert self.server is not None
+        return self.server.url
+
+    async def _launch(self) -> "subprocess.Popen[bytes]":
+        deadline = time.monotonic() + START_SECONDS_MAX
+        while True:
+            self._context = self._open()
+            try:
+                self.server = await asyncio.to_thread(self._context.__enter__)
+            except ServerFailed:  # after a kill its processes may still hold the data, or the port
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(RESTART_PAUSE_SECONDS)
+            else:
+                return self.server.process
+
+    async def _clean_up(self) -> None:
+        if self._context is not None:
+            context, self._context = self._context, None
+            await asyncio.to_thread(context.__exit__, None, None, None)
+
+    async def is_ready(self) -> bool:
+        try:
+            _, writer = await asyncio.wait_for(
+                asyncio.open_connection("127.0.0.1", self.port), ASK_SECONDS_MAX
+            )
+        except (OSError, TimeoutError):
+            return False
+        writer.close()
+        return True
+
+
+@dataclass
+class Postgres(_Embedded):
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    def _open(self) -> AbstractContextManager[Server]:
+        return postgres(self.folder, settings=self.settings, port=self.port)
+
+    async def is_ready(self) -> bool:
+        try:
+            connection = await asyncpg.connect(self.url, timeout=ASK_SECONDS_MAX)
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            return False
+        connection.terminate()
+        return True
+
+    def pids(self) -> list[int]:
+        """Return the postmaster and its children: one that is frozen alone only lets nobody in."""
+        found = super().pids()
+        if found:
+            with suppress(psutil.NoSuchProcess):
+                found += [child.pid for child in psutil.Process(found[0]).children(recursive=True)]
+        return found
+
+    async def terminate(self, number: signal.Signals = signal.SIGINT) -> int | None:
+        """Shut it down fast: clients are cut off, everything is written."""
+        return await super().terminate(number)
+
+
+@dataclass
+class Nats(_Embedded):
+    def _open(self) -> AbstractContextManager[Server]:
+        return nats_server(self.folder, port=self.port)
+
+
+@asynccontextmanager
+async def frozen(part: Part) -> AsyncIterator[None]:
+    """Freeze a part while the block runs."""
+    part.freeze()
+    try:
+        yield
+    finally:
+        part.thaw()

@@ -1,0 +1,203 @@
+"""Clients of the gateways who check every answer to the cent, and every refusal for its manners."""
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import aiohttp
+import jwt
+
+from tests.faults.parts import Part
+from tests.faults.population import UNKNOWN_SYMBOL, User
+from tests.faults.system import MARKET_SEED, System
+from tests.faults.truth import Market, market_value
+
+DEADLINE_SECONDS = 5.0
+"""Of the gateway; its default."""
+LATE_SECONDS_MAX = 2.0
+"""What a busy machine may add to it."""
+PAUSE_SECONDS = 0.05
+RECOVERY_SECONDS_MAX = 3.0
+"""After the last fault has healed nobody must be refused for longer."""
+PATHS = (
+    *["/api/portfolio/current"] * 3,
+    "/api/portfolio/performance?timeframe=1D",
+)
+_REFUSALS = frozenset({429, 503})
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that got no answer, or a refusal."""
+
+    gateway: str
+    began_at: float
+    ended_at: float
+    problem: str
+
+
+@dataclass
+class Readers:
+    """Those who read, and what they found; times are of `time.monotonic`."""
+
+    system: System
+    counts: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    """Answers that were not right, in words."""
+    unanswered: list[Asked] = field(default_factory=list)
+    refused: list[Asked] = field(default_factory=list)
+    slowest_seconds: float = 0.0
+    _newest: dict[str, datetime] = field(default_factory=dict)
+    _market: Market = field(default_factory=lambda: Market(MARKET_SEED))
+
+    async def run(self, readers: int, stop: asyncio.Event, seed: int) -> None:
+        """Read with so many clients at once until `stop`."""
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(readers):
+                tasks.create_task(self._read(random.Random(seed + number), stop))
+
+    async def _read(self, chance: random.Random, stop: asyncio.Event) -> None:
+        timeout = aiohttp.ClientTimeout(total=DEADLINE_SECONDS + LATE_SECONDS_MAX)
+        async with aiohttp.ClientSession(timeout=timeout) as http:
+            while not stop.is_set():
+                user = chance.choice(self.system.population.active)
+                gateway = chance.choice(list(self.system.gateway_ports))
+                await self.ask(http, gateway, user, chance.choice(PATHS))
+                await asyncio.sleep(PAUSE_SECONDS)
+
+    async def ask(self, http: aiohttp.ClientSession, gateway: str, user: User, path: str) -> None:
+        """Ask one gateway for a user's portfolio, and judge the answer."""
+        port = self.system.gateway_ports[gateway]
+        token = jwt.encode(
+            {"sub": user.subject, "exp": int(time.time()) + 60}, self.system.jwt_secret, "HS256"
+        )
+        floors = {symbol: self._newest[symbol] for symbol in user.shares if symbol in self._newest}
+        began_at = time.monotonic()
+        try:
+            async with http.get(
+                f"http://127.0.0.1:{port}{path}", headers={"Authorization": f"Bearer {token}"}
+            ) as answer:
+                text = await answer.text()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            problem = f"{type(error).__name__}: {error}"
+            self.unanswered.append(Asked(gateway, began_at, time.monotonic(), problem))
+            self.counts["unanswered"] += 1
+            return
+        ended_at = time.monotonic()
+        self.slowest_seconds = max(self.slowest_seconds, ended_at - began_at)
+        self.counts[str(answer.status)] += 1
+        if answer.status in _REFUSALS:
+            self.refused.append(Asked(gateway, began_at, ended_at, _title(text)))
+            self.wrong += _ill_mannered(answer.status, answer.headers.get("Retry-After"), text)
+            return
+        if answer.status != 200:
+            self.wrong.append(f"{path} of {user.subject}: {answer.status} {text[:200]}")
+            return
+        body = json.loads(text, parse_float=Decimal, parse_int=Decimal)
+        if path.startswith("/api/portfolio/current"):
+            found = self._judge_current(body, user, user.orders_between(began_at, ended_at), floors)
+        else:
+            found = judge_chart(body, user)
+        self.wrong += [f"{path} of {user.subject}: {each}" for each in found]
+
+    def _judge_current(self, body: Any, user: User, orders: range, floors: dict[str, datetime]) -> list[str]:
+        found = judge_portfolio(body, user, orders)
+        for position in body["positions"]:
+            symbol, as_of = position["ticker"], datetime.fromisoformat(position["price_as_of"])
+            price = self._market.price_of(symbol, as_of)
+            if price != position["price_per_share"]:
+                found.append(f"{symbol} at {position['price_per_share']} as of {as_of}: it was {price}")
+            if symbol in floors and as_of < floors[symbol]:
+                found.append(f"{symbol} as of {as_of} after one of {floors[symbol]} was seen")
+            self._newest[symbol] = max(as_of, self._newest.get(symbol, as_of))
+        return found
+
+    # ---- what nobody is to blame for -------------------------------------------------------------
+
+    def unexcused(self) -> list[str]:
+        """Return which requests went wrong though nothing was the matter with what they needed."""
+        parts = {part.name: part for part in self.system.parts}
+        servers: list[Part] = [self.system.postgres, self.system.nats]
+        found = []
+        for asked in self.unanswered:
+            if not _disturbed([parts[asked.gateway]], asked):
+                found.append(f"{asked.gateway} gave no answer ({asked.problem})")
+        for asked in self.refused:
+            if not _disturbed([parts[asked.gateway], *servers], asked):
+                found.append(f"{asked.gateway} refused without need ({asked.problem})")
+        return found
+
+
+def _disturbed(parts: Sequence[Part], asked: Asked) -> bool:
+    return any(
+        spell.overlaps(asked.began_at, asked.ended_at, after_seconds=RECOVERY_SECONDS_MAX)
+        for part in parts
+        for spell in part.spells
+    )
+
+
+def judge_portfolio(body: Any, user: User, orders: range) -> list[str]:
+    """Return what is wrong with an answer of `/current`, whose reader may have seen these orders."""
+    found = []
+    positions = {each["ticker"]: each for each in body["positions"]}
+    unpriced = {each["ticker"] for each in body["unpriced"]}
+    if unpriced != user.shares.keys() & {UNKNOWN_SYMBOL}:
+        found.append(f"without a price are {sorted(unpriced)}")
+    held = {each["ticker"]: each["shares"] for each in (*body["positions"], *body["unpriced"])}
+    if not any((body["cash_balance"], held) == user.holdings(number) for number in orders):
+        found.append(f"holdings of no order in {orders}: {body['cash_balance']} and {held}")
+    for ticker, position in positions.items():
+        if position["current_value"] != market_value(position["shares"], position["price_per_share"]):
+            found.append(f"value of {ticker}: {position}")
+    invested = sum((each["current_value"] for each in positions.values()), Decimal(0))
+    if body["investment_value"] != invested:
+        found.append(f"investment value {body['investment_value']} instead of {invested}")
+    if body["total_value"] != invested + body["cash_balance"]:
+        found.append(f"total value {body['total_value']} instead of {invested + body['cash_balance']}")
+    return found
+
+
+def judge_chart(body: Any, user: User) -> list[str]:
+    """Return what is wrong with an answer of `/performance` in itself."""
+    found = []
+    points = body["data_points"]
+    at = [point["timestamp"] for point in points]
+    if at != sorted(set(at)):
+        found.append(f"points not in the order of time: {at}")
+    if body["data_available"] != bool(points):
+        found.append(f"data_available is {body['data_available']} with {len(points)} points")
+    if points and body["start_value"] != points[0]["value"]:
+        found.append(f"start value {body['start_value']}, first point {points[0]}")
+    if points and body["profit_loss"] != body["current_value"] - body["start_value"]:
+        found.append(f"profit {body['profit_loss']} of {body['start_value']} to {body['current_value']}")
+    partial = UNKNOWN_SYMBOL in user.shares
+    if any(bool(point.get("partial")) != partial for point in points):
+        found.append("a point hides that a position had no price, or says so without reason")
+    return found
+
+
+def _ill_mannered(status: int, retry_after: str | None, text: str) -> list[str]:
+    """Return what is wrong with a refusal: it must be a problem of ours that says when to try again."""
+    if not (retry_after or "").isdigit():
+        return [f"{status} without Retry-After: {text[:200]}"]
+    try:
+        body = json.loads(text)
+        if str(body["type"]).startswith("urn:foliotick:problem:") and body["status"] == status:
+            return []
+    except (ValueError, KeyError, TypeError):
+        pass
+    return [f"{status} is no problem of ours: {text[:200]}"]
+
+
+def _title(text: str) -> str:
+    try:
+        return str(json.loads(text)["title"])
+    except (ValueError, KeyError, TypeError):
+        return text[:100]

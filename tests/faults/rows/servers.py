@@ -1,0 +1,115 @@
+"""PostgreSQL and NATS that restart, die and freeze."""
+
+import asyncio
+import signal
+import time
+
+from tests.faults import checker
+from tests.faults.mix import Life
+from tests.faults.parts import frozen
+from tests.faults.readers import DEADLINE_SECONDS, LATE_SECONDS_MAX
+from tests.faults.rows.feeders import confirmed_at
+from tests.faults.rows.row import Row, next_slots, seconds_until, session
+from tests.faults.system import System
+from tests.waiting import eventually
+
+HEALTHY_SECONDS_MAX = 3.0
+FROZEN_SECONDS = 12.0
+TASKS_MORE_MAX = 40
+"""Requests that wait for a frozen server, of the readers there are."""
+
+
+async def _seconds_to_health(system: System) -> float:
+    """Return how long it takes from now until all services are ready."""
+
+    async def are_ready() -> bool:
+        return all(await asyncio.gather(*(service.is_ready() for service in system.all_services)))
+
+    return await seconds_until(are_ready, 60)
+
+
+async def _postgres_restarts(system: System, life: Life) -> str:
+    seen = []
+    for what in ("fast", "kill -9"):
+        if what == "fast":
+            await system.postgres.terminate()
+        else:
+            system.postgres.kill()
+        await system.postgres.wait_until_ready()
+        seconds = await _seconds_to_health(system)
+        assert seconds <= HEALTHY_SECONDS_MAX, f"healthy {seconds:.1f} s after it was back ({what})"
+        seen.append(f"{what}: healthy {seconds:.1f} s after its return")
+        await next_slots(2)
+    refused = len(life.readers.refused)
+    return f"{'; '.join(seen)}; {refused} refused with 503"
+
+
+async def _postgres_frozen(system: System, life: Life) -> str:
+    gateways = system.services["api_gateway"]
+    before = await checker.usage(system)
+    async with frozen(system.postgres):
+        until = time.monotonic() + FROZEN_SECONDS
+
+        async def are_red() -> bool:
+            return not any([await gateway.is_ready() for gateway in gateways])
+
+        await eventually(are_red, timeout=FROZEN_SECONDS)
+        for gateway in gateways:
+            status, _ = await gateway.ask("healthz")
+            assert status == 200, f"{gateway.name} is not live"
+        await asyncio.sleep(until - time.monotonic())
+        during = await checker.usage(system)
+    seconds = await _seconds_to_health(system)
+    assert seconds <= HEALTHY_SECONDS_MAX, f"healthy {seconds:.1f} s after it went on"
+    slowest = life.readers.slowest_seconds
+    assert slowest <= DEADLINE_SECONDS + LATE_SECONDS_MAX, f"an answer after {slowest:.1f} s"
+    for name, used in during.items():
+        assert used.tasks <= before[name].tasks + TASKS_MORE_MAX, f"{name} has {used.tasks} tasks"
+        assert used.files <= before[name].files + TASKS_MORE_MAX, f"{name} has {used.files} files"
+    return (
+        f"ready red, live green, {len(life.readers.refused)} refused, the slowest after {slowest:.1f} s; "
+        f"healthy {seconds:.1f} s after it went on"
+    )
+
+
+async def _backends_terminated(system: System, life: Life) -> str:
+    ended = 0
+    async with session(system) as connection:
+        for _ in range(20):
+            ended += await connection.fetchval(
+                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+                "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() "
+                "AND application_name IN ('api_gateway', 'snapshotter', 'price_feeder', 'price_feeder_lease')"
+            )
+            await asyncio.sleep(0.37)  # not in step with the slots
+    assert not life.readers.refused, f"{len(life.readers.refused)} refused: {life.readers.refused[0]}"
+    return f"{ended} backends terminated, no request refused"
+
+
+async def _nats_away(system: System, life: Life) -> str:
+    seen = []
+    for what in ("stopped", "killed", "frozen"):
+        before = await confirmed_at(system)
+        if what == "frozen":
+            async with frozen(system.nats):
+                await asyncio.sleep(5)
+        elif what == "killed":
+            system.nats.kill()
+        else:
+            await system.nats.terminate(signal.SIGTERM)
+        assert await confirmed_at(system) > before or what != "frozen", "prices were not written meanwhile"
+        await system.nats.wait_until_ready()
+        seconds = await _seconds_to_health(system)
+        assert seconds <= HEALTHY_SECONDS_MAX, f"healthy {seconds:.1f} s after it was {what}"
+        seen.append(f"{what}: healthy {seconds:.1f} s after its return")
+        await next_slots(2)
+    assert not life.readers.refused, f"reads were refused: {life.readers.refused[0]}"
+    return f"{'; '.join(seen)}; no read refused"
+
+
+ROWS = (
+    Row(7, "PostgreSQL restarts", "fast shutdown, kill -9", _postgres_restarts),
+    Row(8, "PostgreSQL frozen", f"SIGSTOP of all its processes for {FROZEN_SECONDS:g} s", _postgres_frozen),
+    Row(9, "backends terminated", "pg_terminate_backend, 20 times", _backends_terminated),
+    Row(10, "NATS restarts, is killed, is frozen", "signals", _nats_away),
+)

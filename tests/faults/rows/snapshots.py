@@ -1,0 +1,202 @@
+"""Snapshotters that die at the worst of moments, or sleep through them, and a timer that says everything twice."""
+
+import asyncio
+import json
+from datetime import timedelta
+from pathlib import Path
+
+import nats
+import psutil
+
+from shared.clock import last_boundary, utc_now
+from shared.messages import SNAPSHOT_DUE
+from tests.faults.mix import Life
+from tests.faults.parts import Service
+from tests.faults.rows.row import Row, next_slots, session, total
+from tests.faults.system import LATE_SECONDS_MAX, SLOT, Options, System
+from tests.faults.tampered import ONCE, runner
+from tests.waiting import eventually
+
+DUPLICATE = 'snapshot_shards_total{outcome="duplicate"}'
+SKIPPED = 'snapshot_shards_total{outcome="skipped"}'
+TAKEN = 'snapshot_shards_total{outcome="taken"}'
+ACK_WAIT_SECONDS = 15.0
+_WRITING = """
+SELECT client_port FROM pg_stat_activity
+WHERE application_name = 'snapshotter' AND wait_event_type = 'Lock' AND query LIKE '%INSERT INTO portfolio_snapshots%'
+"""
+
+
+def _dies_before_acknowledging(folder: Path) -> Options:
+    return Options(
+        wrapper={"snapshotter": runner("snapshotter", "die_before_acknowledging")},
+        environment={ONCE: str(folder / "died")},
+    )
+
+
+async def _after_commit(system: System, _: Life) -> str:
+    """The one that was first to commit has killed itself with SIGKILL before its acknowledgement."""
+    snapshotters = system.services["snapshotter"]
+
+    async def has_died() -> bool:
+        return any(-9 in each.exit_codes for each in snapshotters)
+
+    await eventually(has_died, timeout=20)
+
+    async def is_redelivered() -> bool:
+        return await total(snapshotters, DUPLICATE) > 0
+
+    await eventually(is_redelivered, timeout=2 * ACK_WAIT_SECONDS)
+    return f"redelivered, {await total(snapshotters, DUPLICATE):g} shard counted as duplicate"
+
+
+async def _holder_of_the_statement(system: System) -> Service:
+    """Return the snapshotter whose statement waits for a lock."""
+    async with session(system) as connection:
+
+        async def ports() -> list[int]:
+            return [row["client_port"] for row in await connection.fetch(_WRITING)]
+
+        waiting = await eventually(ports)
+    for service in system.services["snapshotter"]:
+        local = {each.laddr.port for each in psutil.Process(service.pids()[0]).net_connections()}
+        if local.intersection(waiting):
+            return service
+    raise AssertionError("nobody's statement waits")
+
+
+async def _in_transaction(system: System, _: Life) -> str:
+    snapshotters = system.services["snapshotter"]
+    async with session(system) as connection:
+        transaction = connection.transaction()
+        await transaction.start()
+        await connection.execute("LOCK TABLE portfolio_snapshots IN SHARE MODE")
+        victim = await _holder_of_the_statement(system)
+        victim.kill()
+        await transaction.rollback()
+    await victim.wait_until_ready()
+    before = await total(snapshotters, TAKEN)
+
+    async def goes_on() -> bool:
+        return await total(snapshotters, TAKEN) > before
+
+    await eventually(goes_on)
+    return f"{victim.name} killed inside its statement; shards are taken again"
+
+
+async def _paused(system: System, _: Life) -> str:
+    snapshotters = system.services["snapshotter"]
+    async with session(system) as connection:
+        transaction = connection.transaction()
+        await transaction.start()
+        await connection.execute("LOCK TABLE portfolio_snapshots IN SHARE MODE")
+        sleeper = await _holder_of_the_statement(system)
+        sleeper.freeze()
+        await transaction.rollback()
+    other = next(each for each in snapshotters if each is not sleeper)
+    before = await total([other], DUPLICATE)
+
+    async def is_taken_over() -> bool:
+        return await total([other], DUPLICATE) > before
+
+    await eventually(is_taken_over, timeout=2 * ACK_WAIT_SECONDS)
+    taken_over = await total([other], DUPLICATE) - before
+    sleeper.thaw()
+    await next_slots(2)
+    return f"{sleeper.name} slept; {other.name} was given {taken_over:g} of its shards, and found them stored"
+
+
+async def _by_hand(system: System, life: Life) -> str:
+    snapshotters = system.services["snapshotter"]
+    skipped, duplicate = await total(snapshotters, SKIPPED), await total(snapshotters, DUPLICATE)
+    now = last_boundary(utc_now(), SLOT)
+    too_late = now - timedelta(seconds=LATE_SECONDS_MAX + 60)
+    future = now + timedelta(days=1)
+    doubled = [max(now - number * SLOT, life.first) for number in range(3)]
+    client = await nats.connect(system.nats.url)
+    try:
+        for slot in (*doubled, *reversed(doubled), too_late, future):
+            due = {"scheduled_at": slot.isoformat(), "shard": 0, "shards": 1}
+            await client.jetstream().publish(SNAPSHOT_DUE, json.dumps(due).encode())
+    finally:
+        await client.close()
+
+    async def are_counted() -> bool:
+        return (
+            await total(snapshotters, SKIPPED) - skipped >= 2
+            and await total(snapshotters, DUPLICATE) - duplicate >= 1
+        )
+
+    await eventually(are_counted)
+    async with session(system) as connection:
+        stored = await connection.fetchval(
+            "SELECT count(*) FROM portfolio_snapshots WHERE timestamp IN ($1, $2)", too_late, future
+        )
+    assert stored == 0, f"{stored} snapshots of a slot that is too late or yet to come"
+    return (
+        f"{await total(snapshotters, SKIPPED) - skipped:g} skipped, "
+        f"{await total(snapshotters, DUPLICATE) - duplicate:g} counted as duplicate"
+    )
+
+
+async def _data(system: System, _: Life) -> str:
+    """Users are deleted while snapshots are taken, and one has ten thousand positions."""
+    snapshotters = system.services["snapshotter"]
+    async with session(system) as connection:
+        leaving = [
+            await connection.fetchval(
+                "INSERT INTO users (subject) VALUES ($1) RETURNING id", f"leaving{number}"
+            )
+            for number in range(20)
+        ]
+        for user in leaving:
+            await asyncio.sleep(0.1)
+            await connection.execute("DELETE FROM users WHERE id = $1", user)
+        rich = await connection.fetchval("INSERT INTO users (subject) VALUES ('rich') RETURNING id")
+        await connection.execute(
+            "INSERT INTO positions (user_id, ticker, shares, cost_basis) "
+            "SELECT $1, 'S' || number, 1, 1 FROM generate_series(1, 10000) AS number",
+            rich,
+        )
+        before = await total(snapshotters, TAKEN)
+        await next_slots(3)
+
+        async def goes_on() -> bool:
+            return await total(snapshotters, TAKEN) >= before + 4
+
+        await eventually(goes_on)
+        unpriced = await connection.fetchval(
+            "SELECT max(unpriced_positions) FROM portfolio_snapshots WHERE user_id = $1", rich
+        )
+        assert unpriced == 10_000, f"{unpriced} positions without a price"
+        orphans = await connection.fetchval(
+            "SELECT count(*) FROM position_snapshots AS detail WHERE NOT EXISTS "
+            "(SELECT FROM portfolio_snapshots AS parent "
+            "WHERE parent.user_id = detail.user_id AND parent.timestamp = detail.timestamp)"
+        )
+        assert orphans == 0, f"{orphans} orphans"
+        # Nobody else is to be counted at the end.
+        await connection.execute("DELETE FROM users WHERE id = $1", rich)
+        await connection.execute("DELETE FROM portfolio_snapshots WHERE user_id = ANY($1)", [rich, *leaving])
+        await connection.execute("DELETE FROM position_snapshots WHERE user_id = ANY($1)", [rich, *leaving])
+    return "20 users deleted meanwhile, a portfolio of 10,000 positions taken, no orphan"
+
+
+ROWS = (
+    Row(
+        1,
+        "snapshotter dies after commit, before ack",
+        "SIGKILL between the two",
+        _after_commit,
+        _dies_before_acknowledging,
+    ),
+    Row(2, "snapshotter dies inside the transaction", "SIGKILL", _in_transaction),
+    Row(3, "snapshotter paused longer than the ack wait", "SIGSTOP, later SIGCONT", _paused),
+    Row(5, "doubled, late, out-of-order timer messages", "published by hand", _by_hand),
+    Row(
+        23,
+        "data: unpriced, empty, deleted during a snapshot, 10,000 positions",
+        "SQL",
+        _data,
+    ),
+)

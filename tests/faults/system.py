@@ -1,0 +1,204 @@
+"""A whole system: servers, a simulated market and two replicas of every service, on free ports of this machine."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import aiohttp
+import asyncpg
+
+from local.servers import kept_secret
+from local.settings import ROOT, SIMULATED_KEYS, free_port
+from tests.faults import audit
+from tests.faults.parts import Nats, Part, Postgres, Service
+from tests.faults.population import UNKNOWN_SYMBOL, Population
+from tests.waiting import eventually
+
+REPLICAS = 2
+SLOT = timedelta(seconds=1)
+SHARDS = 2
+LATE_SECONDS_MAX = 600
+MARKET_SEED = 7
+SERVICES = ("price_feeder", "snapshotter", "api_gateway")
+
+
+@dataclass
+class System:
+    """What runs, and where."""
+
+    folder: Path
+    population: Population
+    postgres: Postgres
+    nats: Nats
+    market: Service
+    services: dict[str, list[Service]]
+    http: aiohttp.ClientSession
+    gateway_ports: dict[str, int]
+    jwt_secret: str
+
+    @property
+    def parts(self) -> list[Part]:
+        return [self.postgres, self.nats, self.market, *self.all_services]
+
+    @property
+    def all_services(self) -> list[Service]:
+        return [service for replicas in self.services.values() for service in replicas]
+
+    def part(self, name: str) -> Part:
+        return next(part for part in self.parts if part.name == name)
+
+    async def heal(self, parts: Iterable[Part] | None = None) -> None:
+        """Thaw what is frozen, and wait until everything is ready."""
+        for part in parts or self.parts:
+            part.thaw()
+        for part in parts or self.parts:
+            await part.wait_until_ready()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is different from the usual system."""
+
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Of all services."""
+    wrapper: Mapping[str, str] = field(default_factory=dict)
+    """By service, what runs it instead of its own module: a broken one, say."""
+    postgres_settings: Mapping[str, str] = field(default_factory=dict)
+    replicas: int = REPLICAS
+
+
+@asynccontextmanager
+async def running(
+    folder: Path, population: Population, options: Options | None = None
+) -> AsyncIterator[System]:
+    """Run a system with this population while the block runs; everything is ready when it begins."""
+    options = options or Options()
+    async with AsyncExitStack() as stack:
+        http = await stack.enter_async_context(aiohttp.ClientSession())
+        postgres = Postgres(
+            "postgres", folder=folder / "postgres", port=free_port(), settings=options.postgres_settings
+        )
+        nats = Nats("nats", folder=folder / "nats", port=free_port())
+        for server in (postgres, nats):
+            await server.start()
+            stack.push_async_callback(server.end)
+        await asyncio.to_thread(_migrate, postgres.url)
+        await audit.install(postgres.url)
+        await population.insert(postgres.url)
+        logs = folder / "logs"
+        logs.mkdir(exist_ok=True)
+        market_port, jwt_secret = free_port(), kept_secret(folder / "jwt_secret")
+        environment = _common(postgres.url, nats.url, market_port, jwt_secret) | dict(options.environment)
+        services, gateway_ports = _services(logs, options, http, environment)
+        market = Service(
+            "market",
+            module="services.market_simulator",
+            environment=environment,
+            folder=logs,
+            health_url=f"http://127.0.0.1:{market_port}",
+            http=http,
+            ready_path="healthz",
+        )
+        system = System(folder, population, postgres, nats, market, services, http, gateway_ports, jwt_secret)
+        stack.push_async_callback(_end, [system.market, *system.all_services])
+        early = [system.market, *system.services["price_feeder"], *system.services["api_gateway"]]
+        for service in early:
+            await service.start()
+        await system.heal([postgres, nats, *early])
+        await _wait_for_prices(postgres.url, population)
+        # Prices first: else the first snapshots would be without them.
+        for service in system.services["snapshotter"]:
+            await service.start()
+        await system.heal()
+        yield system
+
+
+async def _wait_for_prices(database_url: str, population: Population) -> None:
+    """Wait until every symbol that has a price has one."""
+    wanted = {symbol for user in population.users for symbol in user.shares} - {UNKNOWN_SYMBOL}
+    connection = await asyncpg.connect(database_url)
+
+    async def are_there() -> bool:
+        return wanted <= {row["symbol"] for row in await connection.fetch("SELECT symbol FROM asset_prices")}
+
+    try:
+        await eventually(are_there, timeout=30)
+    finally:
+        await connection.close()
+
+
+async def _end(services: Sequence[Service]) -> None:
+    await asyncio.gather(*(service.end() for service in reversed(services)))
+
+
+def _services(
+    folder: Path,
+    options: Options,
+    http: aiohttp.ClientSession,
+    common: Mapping[str, str],
+) -> tuple[dict[str, list[Service]], dict[str, int]]:
+    """Return the services by kind, not started, and the ports of the gateways."""
+    services: dict[str, list[Service]] = {kind: [] for kind in SERVICES}
+    gateway_ports = {}
+    for kind, replicas in services.items():
+        for number in range(1, options.replicas + 1):
+            name, health_port = f"{kind}-{number}", free_port()
+            own = {"HEALTH_PORT": str(health_port)}
+            if kind == "api_gateway":
+                gateway_ports[name] = free_port()
+                own["GATEWAY_PORT"] = str(gateway_ports[name])
+            replicas.append(
+                Service(
+                    name,
+                    module=options.wrapper.get(kind, f"services.{kind}"),
+                    environment={**common, **own},
+                    folder=folder,
+                    health_url=f"http://127.0.0.1:{health_port}",
+                    http=http,
+                )
+            )
+    return services, gateway_ports
+
+
+def _common(database_url: str, nats_url: str, market_port: int, jwt_secret: str) -> dict[str, str]:
+    """Return the environment of all services."""
+    market_url = f"http://127.0.0.1:{market_port}"
+    return {
+        "PATH": os.environ["PATH"],
+        "PYTHONUNBUFFERED": "1",
+        "DATABASE_URL": database_url,
+        "NATS_URL": nats_url,
+        **SIMULATED_KEYS,
+        "ALPACA_DATA_URL": market_url,
+        "ALPACA_BASE_URL": market_url,
+        "ALPACA_STREAM_URL": market_url.replace("http", "ws", 1),
+        "ALPACA_REQUESTS_PER_MINUTE": "6000",
+        "PRICE_UPDATE_INTERVAL_SECONDS": "1",
+        "SNAPSHOT_INTERVAL_MINUTES": f"{SLOT / timedelta(minutes=1):.10f}",
+        "SNAPSHOT_LATE_SECONDS_MAX": str(LATE_SECONDS_MAX),
+        "SNAPSHOT_SHARDS": str(SHARDS),
+        "SIMULATOR_PORT": str(market_port),
+        "SIMULATOR_SEED": str(MARKET_SEED),
+        "SIMULATOR_RATE_LIMIT": "100000",
+        "JWT_SECRET": jwt_secret,
+        "HEALTH_HOST": "127.0.0.1",
+        "GATEWAY_HOST": "127.0.0.1",
+    }
+
+
+def _migrate(database_url: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "alembic", "upgrade", "head"],
+        cwd=ROOT,
+        env=os.environ | {"DATABASE_URL": database_url},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

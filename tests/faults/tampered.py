@@ -1,0 +1,140 @@
+"""Run a service that was broken on purpose: `python -m tests.faults.tampered ack_first services.snapshotter`.
+
+Some break a promise, so that the checker can show that it notices. Others die at one very point, once, where a signal
+from outside would hardly ever hit: the file that TAMPERED_ONCE names is made when they have.
+"""
+
+import asyncio
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from shared.bus import Outgoing
+
+ONCE = "TAMPERED_ONCE"
+
+
+# ---- broken promises -----------------------------------------------------------------------------
+
+
+def no_dedup() -> None:
+    """Let every replica's timer make a message of its own; what keeps snapshots apart must be dropped as well."""
+    from services.snapshotter import timer
+
+    due = timer.due
+
+    def due_without_id(scheduled_at: datetime, shard: int, shards: int) -> Outgoing:
+        outgoing = due(scheduled_at, shard, shards)
+        return Outgoing(outgoing.subject, outgoing.message)
+
+    timer.due = due_without_id
+
+
+def lost_details() -> None:
+    """Store snapshots of every seventh user without positions."""
+    from services.snapshotter import queries
+
+    for name in ("TAKE_SNAPSHOTS", "TAKE_MISSING_SNAPSHOTS"):
+        statement = getattr(queries, name)
+        changed = statement.replace(
+            "WHERE current_value IS NOT NULL AND", "WHERE current_value IS NOT NULL AND user_id % 7 <> 3 AND"
+        )
+        assert changed != statement
+        setattr(queries, name, changed)
+
+
+def ack_first() -> None:
+    """Acknowledge a shard, and take its snapshots a moment later."""
+    from services.snapshotter import snapshots
+    from shared.bus import Delivery
+
+    take, acknowledge = snapshots.take, Delivery.acknowledge
+    under_way: list[Delivery] = []
+
+    async def take_late(*args: Any, **options: Any) -> Any:
+        if under_way:
+            await acknowledge(under_way.pop())
+        await asyncio.sleep(0.4)
+        return await take(*args, **options)
+
+    handle = snapshots.handle
+
+    async def handle_acknowledged(
+        database: Any, bus: Any, delivery: Delivery, *args: Any, **options: Any
+    ) -> None:
+        under_way.append(delivery)
+        await handle(database, bus, delivery, *args, **options)
+
+    snapshots.take, snapshots.handle = take_late, handle_acknowledged
+
+
+def no_newer_wins() -> None:
+    """Let whatever trade comes last be the last one."""
+    from services.price_feeder import queries
+
+    changed = queries.STORE_TRADES.replace(
+        "EXCLUDED.traded_at > cached.traded_at", "EXCLUDED.traded_at <> cached.traded_at"
+    ).replace("WHERE EXCLUDED.traded_at >= cached.traded_at", "WHERE TRUE")
+    assert changed.count("TRUE") > queries.STORE_TRADES.count("TRUE")
+    queries.STORE_TRADES = changed
+
+
+# ---- deaths --------------------------------------------------------------------------------------
+
+
+def die_before_acknowledging() -> None:
+    """Die when a shard is committed and not acknowledged yet."""
+    from shared.bus import Delivery
+
+    Delivery.acknowledge = _dying_before(Delivery.acknowledge)  # type: ignore[method-assign]
+
+
+def die_before_publishing() -> None:
+    """Die when prices are committed and their ticks not published yet."""
+    from services.price_feeder.outbox import Outbox
+
+    Outbox._publish_ticks = _dying_before(Outbox._publish_ticks)  # type: ignore[method-assign]
+
+
+def _dying_before(method: Any) -> Any:
+    async def dying(*args: Any) -> Any:
+        _die_once()
+        return await method(*args)
+
+    return dying
+
+
+def _die_once() -> None:
+    marker = Path(os.environ[ONCE])
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+TAMPERINGS: dict[str, Callable[[], None]] = {
+    each.__name__: each
+    for each in (
+        no_dedup,
+        lost_details,
+        ack_first,
+        no_newer_wins,
+        die_before_acknowledging,
+        die_before_publishing,
+    )
+}
+
+
+def runner(service: str, *names: str) -> str:
+    """Return what is to be run in place of a service's own module."""
+    return f"tests.faults.tampered {','.join(names)} services.{service}"
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1].split(","):
+        TAMPERINGS[name]()
+    runpy.run_module(sys.argv[2], run_name="__main__", alter_sys=True)

@@ -1,0 +1,209 @@
+"""The checker is worth something: it says so when the product is broken, and when an answer is wrong by a cent."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from shared.clock import next_boundary, utc_now
+from tests.faults import checker, mix, population, system
+from tests.faults.checker import Detail, Snapshot, Verdict
+from tests.faults.population import Order, User
+from tests.faults.readers import judge_chart, judge_portfolio
+from tests.faults.system import Options
+from tests.faults.tampered import runner
+
+SEED = 3
+AT = datetime(2026, 3, 2, 15, 0, tzinfo=UTC)
+
+
+def kinds(verdict: Verdict) -> set[str]:
+    return {each.partition(":")[0] for each in verdict.wrong}
+
+
+# ---- a broken product ----------------------------------------------------------------------------
+
+
+async def test_lost_deduplication_lost_positions_and_older_prices_are_found(tmp_path: Path) -> None:
+    options = Options(
+        wrapper={
+            "snapshotter": runner("snapshotter", "no_dedup", "lost_details"),
+            "price_feeder": runner("price_feeder", "no_newer_wins"),
+        },
+        environment={"PRICE_STREAM_ENABLED": "false"},
+    )
+    async with system.running(tmp_path, population.drawn(20, SEED), options) as running:
+        connection = await asyncpg.connect(running.postgres.url)
+        await connection.execute("ALTER TABLE portfolio_snapshots DROP CONSTRAINT portfolio_snapshots_pkey")
+        await connection.close()
+        async with mix.lively(running, SEED, readers=1) as life:
+            fault = {"kind": "out_of_order", "age_seconds": 60, "times": 3}
+            async with running.http.post(
+                f"{running.market.health_url}/simulator/faults", json=fault
+            ) as answer:
+                assert answer.status == 201
+            await _until(utc_now() + 3 * system.SLOT)
+        verdict = await life.verdict(running)
+    assert {"due", "snapshot", "price went back"} <= kinds(verdict)
+    assert any("2 snapshots of slot" in each for each in verdict.wrong)
+
+
+async def test_acknowledging_before_the_commit_is_found(tmp_path: Path) -> None:
+    options = Options(wrapper={"snapshotter": runner("snapshotter", "ack_first")}, replicas=1)
+    async with system.running(tmp_path, population.drawn(20, SEED), options) as running:
+        (snapshotter,) = running.services["snapshotter"]
+        async with mix.lively(running, SEED, readers=1) as life:
+            for number in range(
+                1, 5
+            ):  # between acknowledgement and commit, at one of these moments at the latest
+                await _until(next_boundary(utc_now(), system.SLOT) + number * timedelta(seconds=0.1))
+                snapshotter.kill()
+                await snapshotter.wait_until_ready()
+        verdict = await life.verdict(running)
+    assert kinds(verdict) == {"due"}
+    assert any("no snapshot of slot" in each for each in verdict.wrong)
+
+
+async def _until(at: datetime) -> None:
+    await asyncio.sleep((at - utc_now()).total_seconds())
+
+
+# ---- a wrong answer ------------------------------------------------------------------------------
+
+
+def portfolio() -> dict[str, object]:
+    """Return the answer of one who holds 2.5 AAPL at 10.25, 5 of what has no price, and 100 dollars less one order."""
+    return {
+        "cash_balance": Decimal("99.00"),
+        "positions": [
+            {
+                "ticker": "AAPL",
+                "shares": Decimal("2.5"),
+                "price_per_share": Decimal("10.25"),
+                "current_value": Decimal("25.63"),  # 25.625, half away from zero
+            }
+        ],
+        "unpriced": [{"ticker": "NOPE", "shares": Decimal(5)}],
+        "investment_value": Decimal("25.63"),
+        "total_value": Decimal("124.63"),
+    }
+
+
+USER = User("user", Decimal("100.00"), {"AAPL": Decimal("1.5"), "NOPE": Decimal(5)})
+
+
+def test_right_portfolio_has_nothing_wrong_with_it() -> None:
+    assert judge_portfolio(portfolio(), USER, range(3)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"total_value": Decimal("124.62")}, "total value"),
+        ({"investment_value": Decimal("25.62"), "total_value": Decimal("124.62")}, "investment value"),
+        ({"cash_balance": Decimal("98.00"), "total_value": Decimal("123.63")}, "holdings of no order"),
+        ({"unpriced": []}, "without a price"),
+        (
+            {"positions": [], "investment_value": Decimal(0), "total_value": Decimal("99.00")},
+            "holdings of no order",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_portfolio_is_said(change: dict[str, object], said: str) -> None:
+    found = judge_portfolio(portfolio() | change, USER, range(3))
+    assert any(said in each for each in found), found
+
+
+def test_portfolio_of_an_order_that_nobody_may_have_seen_is_wrong() -> None:
+    assert any("holdings" in each for each in judge_portfolio(portfolio(), USER, range(2, 4)))
+
+
+def test_orders_that_a_reader_may_have_seen_are_those_committed_before_up_to_those_asked_for() -> None:
+    user = User("user", Decimal(1), {}, orders=[Order(1, 0.0, 1.0), Order(2, 2.0, None), Order(3, 4.0, 5.0)])
+    assert user.orders_between(0.5, 1.5) == range(2)  # none of them, or the first
+    assert user.orders_between(1.5, 3.0) == range(1, 3)  # the first, or the second that may have been lost
+    assert user.orders_between(5.0, 9.0) == range(3, 4)
+
+
+def test_chart_that_does_not_add_up_is_wrong() -> None:
+    point = {"timestamp": "2026-03-02T15:00:00Z", "value": Decimal(100), "partial": True}
+    chart = {
+        "data_points": [point],
+        "data_available": True,
+        "start_value": Decimal(100),
+        "current_value": Decimal("110.50"),
+        "profit_loss": Decimal("10.50"),
+    }
+    assert judge_chart(chart, USER) == []
+    for change in (
+        {"profit_loss": Decimal("10.51")},
+        {"start_value": Decimal(99), "profit_loss": Decimal("11.50")},
+        {"data_available": False},
+        {"data_points": [point, point]},
+        {"data_points": [{"timestamp": "2026-03-02T15:00:00Z", "value": Decimal(100)}]},
+    ):
+        assert judge_chart(chart | change, USER), change
+
+
+# ---- wrong rows ----------------------------------------------------------------------------------
+
+
+def snapshot(**change: object) -> Snapshot:
+    """Return a snapshot of the user above, with id 1, after his first order."""
+    usual: dict[str, object] = {
+        "at": AT,
+        "user_id": 1,
+        "total_value": Decimal("124.63"),
+        "cash_balance": Decimal("99.00"),
+        "investment_value": Decimal("25.63"),
+        "unpriced_positions": 1,
+        "details": (Detail("AAPL", Decimal("2.5"), Decimal("25.63"), Decimal("10.25")),),
+    }
+    return Snapshot(**(usual | change))  # type: ignore[arg-type]
+
+
+def test_every_due_snapshot_must_be_there_once_and_no_other() -> None:
+    user = User("user", Decimal(100), {}, id=1)
+    slots = [AT, AT + timedelta(seconds=1)]
+    right = [snapshot(), snapshot(at=slots[1])]
+    assert checker.not_once(right, slots, [user]) == []
+    assert checker.not_once(right[:1], slots, [user]) == ["no snapshot of slot 15:00:01 and user 1"]
+    assert checker.not_once([*right, right[0]], slots, [user]) == ["2 snapshots of slot 15:00:00 and user 1"]
+    stray = snapshot(at=AT + timedelta(seconds=0.5))
+    assert checker.not_once([*right, stray], slots, [user]) == [
+        "a snapshot at 15:00:00.500000 of user 1 that was not due"
+    ]
+
+
+def test_snapshot_must_have_all_positions_and_add_up() -> None:
+    user = User("user", USER.cash, USER.shares, id=1, orders=[Order(1, 0.0, 1.0)])
+    people = population.Population([user])
+    assert checker.incomplete([snapshot()], people) == []
+    for change in (
+        {"details": ()},
+        {"unpriced_positions": 0},
+        {"total_value": Decimal("124.62")},
+        {"investment_value": Decimal("25.62"), "total_value": Decimal("124.62")},
+        {"details": (Detail("AAPL", Decimal("2.5"), Decimal("25.62"), Decimal("10.25")),)},
+        {"cash_balance": Decimal("97.00"), "total_value": Decimal("122.63")},
+    ):
+        assert checker.incomplete([snapshot(**change)], people), change
+
+
+def test_order_that_was_acknowledged_must_be_there() -> None:
+    user = User("user", USER.cash, USER.shares, id=1, orders=[Order(1, 0.0, 1.0), Order(2, 2.0, None)])
+    people = population.Population([user])
+
+    def rows(cash: str, shares: str) -> list[dict[str, object]]:
+        return [
+            {"id": 1, "cash_balance": Decimal(cash), "ticker": "AAPL", "shares": Decimal(shares)},
+            {"id": 1, "cash_balance": Decimal(cash), "ticker": "NOPE", "shares": Decimal(5)},
+        ]
+
+    assert checker.lost_orders(rows("99.00", "2.5"), people) == []
+    assert checker.lost_orders(rows("98.00", "3.5"), people) == []  # the second may be there
+    assert checker.lost_orders(rows("100.00", "1.5"), people)
+    assert checker.lost_orders(rows("99.00", "1.5"), people)  # half of it

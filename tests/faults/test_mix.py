@@ -1,0 +1,21 @@
+"""A short mix of kills and freezes: all that was due is there, once and right. `make soak` runs it for longer."""
+
+from pathlib import Path
+
+from tests.faults import mix, population, system
+
+SEED = 20
+ACTS = 12
+SECONDS = 20.0
+
+
+async def test_kills_and_freezes_lose_nothing(tmp_path: Path) -> None:
+    async with system.running(tmp_path, population.drawn(50, SEED)) as running:
+        drawn = mix.schedule(running, SEED, acts=ACTS, seconds=SECONDS)
+        assert {act.what for act in drawn} == {"kill", "freeze", "stop"}
+        assert {"postgres", "nats"} <= {act.part for act in drawn}
+        done, verdict = await mix.run(running, SEED, acts=ACTS, seconds=SECONDS, say=print)
+    assert done >= ACTS // 2
+    assert verdict.is_good, verdict
+    assert verdict.counts["snapshots"] == verdict.counts["of"]
+    assert verdict.counts["orders"]
