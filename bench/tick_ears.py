@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import msgpack  # type: ignore[import-untyped]  # has no types of its own
@@ -24,6 +24,8 @@ from bench.figures import percentile
 from bench.processes import answer_questions
 from shared.messages import ALL_PRICES
 
+_WINDOW_US = 250_000
+"""Between two ticks of a symbol, at least."""
 _KEYS = {"APCA-API-KEY-ID": "bench", "APCA-API-SECRET-KEY": "bench", "Content-Type": "application/msgpack"}
 
 
@@ -65,34 +67,43 @@ class Ears:
     def _report(self) -> dict[str, object]:
         """Return how long ticks took, in milliseconds, and how many of them were wrong.
 
-        Those that were stored together have the same `received_at`. The newest trade among them came just before they
-        were taken out of the conflation; `since_newest` counts from the market's sending of that one.
+        `since_due` counts from the moment at which a tick might have gone out: when the market sent its trade, or, if
+        that is later, when the conflation window after the symbol's tick before it had ended. `since_received` counts
+        from the tick's own `received_at`. Those that were stored together have the same one.
         """
         heard = [(at_us, orjson.loads(payload)) for at_us, payload in self._ticks]
-        newest_of_batch: dict[str, int] = {}
-        for _, tick in heard:
-            batch, traded_us = tick["received_at"], _microseconds(tick["traded_at"])
-            newest_of_batch[batch] = max(newest_of_batch.get(batch, 0), traded_us)
-        since_newest, since_received, backwards, not_traded = [], [], 0, 0
-        last: dict[str, tuple[int, int]] = {}
+        since_due, since_received, backwards, not_traded = [], [], 0, 0
+        last: dict[str, _Heard] = {}
         for at_us, tick in heard:
-            batch, traded_us = tick["received_at"], _microseconds(tick["traded_at"])
-            since_newest.append((at_us - newest_of_batch[batch]) / 1000)
-            since_received.append((at_us - _microseconds(batch)) / 1000)
-            symbol, now = tick["symbol"], (tick["sequence"], traded_us)
-            before = last.get(symbol, (0, 0))
-            backwards += now[0] <= before[0] or now[1] < before[1]
+            symbol = tick["symbol"]
+            now = _Heard(
+                tick["sequence"], _microseconds(tick["traded_at"]), _microseconds(tick["received_at"])
+            )
+            before = last.get(symbol)
             last[symbol] = now
+            due_us = now.traded_us if before is None else max(now.traded_us, before.received_us + _WINDOW_US)
+            since_due.append((at_us - due_us) / 1000)
+            since_received.append((at_us - now.received_us) / 1000)
+            if before is not None:
+                backwards += now.sequence <= before.sequence or now.traded_us < before.traded_us
             if self._trades:
-                price = self._trades.get(symbol, {}).get(traded_us)
+                price = self._trades.get(symbol, {}).get(now.traded_us)
                 not_traded += price is None or Decimal(str(price)) != Decimal(tick["price"])
         return {
             "ticks": len(heard),
-            "batches": len(newest_of_batch),
-            "since_newest": _spread(since_newest),
+            "batches": len({tick["received_at"] for _, tick in heard}),
+            "since_due": _spread(since_due),
             "since_received": _spread(since_received),
             "wrong": backwards + not_traded,
         }
+
+
+class _Heard(NamedTuple):
+    """A tick that was heard; times in microseconds since the epoch."""
+
+    sequence: int
+    traded_us: int
+    received_us: int
 
 
 def _spread(milliseconds: Sequence[float]) -> dict[str, float]:

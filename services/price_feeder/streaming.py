@@ -108,7 +108,7 @@ class Streaming:
             self._sink = None
 
     async def _flush(self, sink: Sink) -> None:
-        """Hand out what is in the conflation: the first trade at once, then a batch a window."""
+        """Hand out what is in the conflation, whenever some of it is due."""
         while True:
             await self._arrived.wait()
             self._arrived.clear()
@@ -116,6 +116,8 @@ class Streaming:
                 if wait_seconds:
                     await asyncio.sleep(wait_seconds)
                 batch = self.conflation.batch(time.monotonic())
+                if not batch:  # a window is over in which nothing came
+                    continue
                 metrics.FLUSHED_TRADES.inc(len(batch))
                 if not await sink.store_streamed(batch):
                     self.conflation.take_back(batch)

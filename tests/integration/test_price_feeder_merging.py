@@ -37,7 +37,7 @@ async def test_any_interleaving_of_stream_and_polling_ends_with_the_newest_trade
     term, _ = await queries.acquire_lease(database, "tests", timedelta(seconds=10))
     assert term
     symbol = next(NAMES)
-    conflation = Conflation()
+    conflation = Conflation(0.0, spacing_seconds=0.0)
     market: list[StreamedTrade] = []
     on_the_way: list[StreamedTrade] = []
     asked: list[StreamedTrade] = []

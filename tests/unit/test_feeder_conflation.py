@@ -14,20 +14,48 @@ def trade(price: float, at_ns: int, trade_id: int = 0) -> StreamedTrade:
     return StreamedTrade(price, at_ns, trade_id, "iex")
 
 
-def test_first_trade_goes_out_at_once_and_the_next_batch_a_window_later() -> None:
-    conflation = Conflation(0.25)
+def seconds(waited: float | None) -> float:
+    assert waited is not None
+    return round(waited, 6)
+
+
+def test_first_trade_of_a_symbol_goes_out_at_once_and_the_next_a_window_later() -> None:
+    conflation = Conflation(0.25, spacing_seconds=0)
     assert conflation.wait_seconds(10.0) is None
     conflation.take("AAPL", trade(200.0, 1))
     assert conflation.wait_seconds(10.0) == 0.0
     assert conflation.batch(10.0) == {"AAPL": trade(200.0, 1)}
     assert conflation.wait_seconds(10.0) is None
     conflation.take("AAPL", trade(201.0, 2))
-    conflation.take("MSFT", trade(400.0, 2))
     conflation.take("AAPL", trade(202.0, 3))
-    assert conflation.wait_seconds(10.1) is not None
-    assert round(conflation.wait_seconds(10.1) or 0, 6) == 0.15
-    assert conflation.wait_seconds(11.0) == 0.0
-    assert conflation.batch(10.25) == {"AAPL": trade(202.0, 3), "MSFT": trade(400.0, 2)}
+    assert seconds(conflation.wait_seconds(10.1)) == 0.15
+    assert conflation.batch(10.1) == {}
+    assert conflation.batch(10.25) == {"AAPL": trade(202.0, 3)}
+
+
+def test_each_symbol_has_a_window_of_its_own() -> None:
+    conflation = Conflation(0.25, spacing_seconds=0)
+    conflation.take("AAPL", trade(200.0, 1))
+    conflation.batch(10.0)
+    conflation.take("AAPL", trade(201.0, 2))
+    conflation.take("MSFT", trade(400.0, 2))
+    assert conflation.wait_seconds(10.1) == 0.0
+    assert conflation.batch(10.1) == {"MSFT": trade(400.0, 2)}
+    conflation.take("MSFT", trade(401.0, 3))
+    assert conflation.batch(10.25) == {"AAPL": trade(201.0, 2)}
+    assert seconds(conflation.wait_seconds(10.25)) == 0.1
+    assert conflation.batch(10.35) == {"MSFT": trade(401.0, 3)}
+
+
+def test_what_comes_due_shortly_after_a_batch_shares_the_next_one() -> None:
+    conflation = Conflation(0.25, spacing_seconds=0.01)
+    conflation.take("AAPL", trade(200.0, 1))
+    conflation.batch(10.0)
+    conflation.take("MSFT", trade(400.0, 1))
+    assert seconds(conflation.wait_seconds(10.002)) == 0.008
+    conflation.take("SPY", trade(500.0, 1))
+    assert conflation.wait_seconds(10.01) == 0.0
+    assert conflation.batch(10.01) == {"MSFT": trade(400.0, 1), "SPY": trade(500.0, 1)}
 
 
 def test_older_trade_is_dropped_also_when_the_newer_one_has_gone_out() -> None:
@@ -117,8 +145,8 @@ def test_what_goes_out_is_bounded_in_order_and_ends_with_the_newest(
     arrived: dict[str, tuple[int, int]] = {}
 
     def let_out() -> None:
-        if conflation.wait_seconds(at) == 0.0:
-            batches.append((at, conflation.batch(at)))
+        if conflation.wait_seconds(at) == 0.0 and (batch := conflation.batch(at)):
+            batches.append((at, batch))
 
     for number, (symbol, at_ns, pause) in enumerate(events):
         at += pause
@@ -128,8 +156,11 @@ def test_what_goes_out_is_bounded_in_order_and_ends_with_the_newest(
         let_out()
     at += 0.25
     let_out()
-    assert all(later - earlier >= 0.2499 for (earlier, _), (later, _) in pairwise(batches))
+    assert len(conflation) == 0
+    assert all(later - earlier >= 0.0099 for (earlier, _), (later, _) in pairwise(batches))
     for symbol in SYMBOLS:
+        moments = [moment for moment, batch in batches if symbol in batch]
+        assert all(later - earlier >= 0.2499 for earlier, later in pairwise(moments))
         out = [batch[symbol] for _, batch in batches if symbol in batch]
         assert out == sorted(out, key=lambda each: (each.traded_at_ns, each.trade_id))
         if symbol in arrived:
