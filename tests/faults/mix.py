@@ -15,8 +15,10 @@ from tests.faults.checker import Verdict
 from tests.faults.parts import Part, Postgres
 from tests.faults.readers import Readers
 from tests.faults.system import SLOT, System
+from tests.faults.watchers import Watchers
 
 READERS = 6
+WATCHERS = 6
 SERVER_SHARE = 0.2
 """So many of all acts befall PostgreSQL and NATS."""
 FREEZE_SECONDS = (0.5, 6.0)
@@ -89,6 +91,7 @@ class Life:
     """What goes on in a system while faults are injected."""
 
     readers: Readers
+    watchers: Watchers
     used: dict[str, checker.Usage]
     first: datetime
     """The first slot that is due."""
@@ -96,16 +99,23 @@ class Life:
     async def verdict(self, system: System) -> Verdict:
         """Wait until all is quiet, and compare everything up to now with what must be there."""
         last = next_boundary(utc_now(), SLOT)
-        return await checker.check(system, self.readers, self.first, last, used=self.used)
+        verdict = await checker.check(system, self.readers, self.first, last, used=self.used)
+        verdict.counts["streams"] = dict(sorted(self.watchers.counts.items()))
+        verdict.add("stream", self.watchers.wrong)
+        return verdict
 
 
 @asynccontextmanager
-async def lively(system: System, seed: int, *, readers: int = READERS) -> AsyncIterator[Life]:
-    """Let users read and order while the block runs."""
+async def lively(
+    system: System, seed: int, *, readers: int = READERS, watchers: int = WATCHERS
+) -> AsyncIterator[Life]:
+    """Let users read, watch and order while the block runs."""
     stop = asyncio.Event()
-    life = Life(Readers(system), await checker.usage(system), next_boundary(utc_now(), SLOT))
+    used = await checker.usage(system)
+    life = Life(Readers(system), Watchers(system), used, next_boundary(utc_now(), SLOT))
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(life.readers.run(readers, stop, seed))
+        tasks.create_task(life.watchers.run(watchers, stop, seed))
         tasks.create_task(system.population.place_orders(system.postgres.url, stop, seed))
         try:
             yield life
