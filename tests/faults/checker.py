@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -132,6 +133,7 @@ async def check(
     verdict.counts["slowest"] = f"{readers.slowest_seconds:.1f} s"
     verdict.add("answer", readers.wrong)
     verdict.add("request", readers.unexcused())
+    verdict.add("end", ended_by_themselves(system))
     if used is not None:
         verdict.add("leak", await grown(system, used))
     return verdict
@@ -294,6 +296,16 @@ async def _unlike_the_bus(connection: "asyncpg.Connection[asyncpg.Record]", syst
     return found
 
 
+def ended_by_themselves(system: System) -> list[str]:
+    """Return which services ended otherwise than by SIGKILL, or with 0 after they were asked to."""
+    return [
+        f"{service.name} with {code}: {service.last_error()}"
+        for service in system.all_services
+        for code in service.exit_codes
+        if code not in (0, -signal.SIGKILL)
+    ]
+
+
 @dataclass(frozen=True)
 class Usage:
     """What a process uses."""
@@ -334,7 +346,7 @@ async def grown(system: System, before: Mapping[str, Usage]) -> list[str]:
         found = [
             each
             for service in system.all_services
-            if service.name in before
+            if service.name in before and service.pids()
             for each in _grown(service.name, before[service.name], await _usage(service))
         ]
         if not found:

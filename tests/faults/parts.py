@@ -206,6 +206,12 @@ class Service(Part):
         status, _ = await self.ask(self.ready_path)
         return status == 200
 
+    def last_error(self) -> str:
+        """Return what its log has last of level error, or at all."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        errors = [line for line in lines if '"level":"error"' in line.replace(" ", "")] or lines
+        return errors[-1][:500] if errors else "its log says nothing"
+
     async def ask(self, path: str) -> tuple[int, str]:
         """Return status and text of an address on the health port; status 0 when there is no answer."""
         assert self.http is not None
