@@ -39,7 +39,7 @@ from shared.messages import FeedState
 
 ANSWERS_SECONDS_MAX = 9.0
 """What a round may wait for Alpaca: less than the usual interval, more than one request may take."""
-STOP_SECONDS_MAX = 3.0
+STOP_SECONDS_MAX = 2.0
 """What a round that is under way may still take when the service is to stop."""
 BUS_SECONDS_MAX = 2.0
 """What the first round waits for NATS."""
