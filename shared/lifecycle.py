@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
 import uvloop
@@ -76,8 +77,8 @@ async def _supervise(loaded: S, serve: Callable[[S, asyncio.Event], Awaitable[No
         first = not stop.is_set()
         stop.set()
         if first:
-            log.info("stopping", signal=name)
             _end_at_last()  # whatever happens now
+            log.info("stopping", signal=name)
 
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, on_signal, number.name)
@@ -113,8 +114,9 @@ def _end_at_last() -> None:
     """See to it that the process ends: what nothing can cancel must not keep it until somebody kills it."""
 
     def end() -> None:
-        sys.stderr.write(f"not ended {END_SECONDS_MAX:g} s after it was to: given up\n")
-        sys.stderr.flush()
+        with suppress(OSError):
+            os.set_blocking(2, False)  # nobody may read it any more
+            os.write(2, f"not ended {END_SECONDS_MAX:g} s after it was to: given up\n".encode())
         os._exit(1)
 
     ending = threading.Timer(END_SECONDS_MAX, end)
