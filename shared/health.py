@@ -21,6 +21,8 @@ Check = Callable[[], Awaitable[str | None]]
 
 CHECK_TIMEOUT_SECONDS = 2.0
 REMEMBERED_SECONDS = 1.0
+STOP_SECONDS_MAX = 1.0
+"""What requests under way may still take at the end."""
 
 ADVICE = {
     "postgres": "see whether PostgreSQL runs, and DATABASE_URL; the service heals by itself",
@@ -152,7 +154,11 @@ async def serving(
         app = web.Application(client_max_size=1024)
         app.add_routes([*_routes(service, known), web.get("/metrics", metrics)])
         runner = web.AppRunner(
-            app, access_log=None, keepalive_timeout=15.0, lingering_time=0.0, shutdown_timeout=1.0
+            app,
+            access_log=None,
+            keepalive_timeout=15.0,
+            lingering_time=0.0,
+            shutdown_timeout=STOP_SECONDS_MAX,
         )
         await runner.setup()
         try:

@@ -23,14 +23,22 @@ from shared.database import Database
 from shared.market_calendar import Calendar
 from shared.messages import prices_stream
 
+DATABASE_CONNECTIONS = 4
+LEASE_CONNECTIONS = 2
+"""Of the lease's own, so that work that waits for the database does not cost it."""
+
 log = logs.get_logger()
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     url = settings.database_url.get_secret_value()
     async with (
-        databases.connect(url, application_name="price_feeder", connections_max=4) as database,
-        databases.connect(url, application_name="price_feeder_lease", connections_max=2) as lease_database,
+        databases.connect(
+            url, application_name="price_feeder", connections_max=DATABASE_CONNECTIONS
+        ) as database,
+        databases.connect(
+            url, application_name="price_feeder_lease", connections_max=LEASE_CONNECTIONS
+        ) as lease_database,
         Bus(
             settings.nats_url.get_secret_value(),
             name="price_feeder",

@@ -183,10 +183,7 @@ class Feed:
         held = await queries.held_symbols(self._database)
         self._held = held
         metrics.HELD_SYMBOLS.set(len(held))
-        if len(self._trade_ids) > 2 * len(held):
-            self._trade_ids = {
-                symbol: self._trade_ids[symbol] for symbol in held if symbol in self._trade_ids
-            }
+        self._forget_all_but(held)
         await self._recall(held)
         await self._follow(held)
         hours, began_at = self._calendar.hours, clock.utc_now()
@@ -237,6 +234,17 @@ class Feed:
         self.outbox.wake()
         changed = frozenset(tick.symbol for tick in stored.changed)
         return Refreshed(at, stored.confirmed, changed, rejected, _in_words(answers))
+
+    def _forget_all_but(self, held: list[str]) -> None:
+        """Keep what is known of trades bounded by what is held, give or take."""
+        if len(self._trade_ids) > 2 * len(held):
+            self._trade_ids = {
+                symbol: self._trade_ids[symbol] for symbol in held if symbol in self._trade_ids
+            }
+        if self._withdrawn:
+            self._withdrawn = {
+                symbol: self._withdrawn[symbol] for symbol in held if symbol in self._withdrawn
+            }
 
     async def _recall(self, held: list[str]) -> None:
         """Take all held prices as unpublished whenever the streams may lack some.

@@ -41,6 +41,7 @@ REFUSED_PAUSE_SECONDS = 300.0
 HEALTHY_SECONDS = 30.0
 """A connection that lasted so long begins the next failures' pauses anew."""
 REFUSED_SYMBOL_SECONDS = 600.0
+REFUSED_SHOWN_MAX = 20
 LIMIT_REMEMBERED_SECONDS = 3600.0
 MISSED_ROUNDS_MAX = 2
 """So many rounds may find trades that should have been heard, and were not, before a stream counts as mute."""
@@ -415,9 +416,17 @@ class Stream:
         elif code == INVALID_SYNTAX and len(asked) > 1:
             self._batch_max = len(asked) // 2
         elif code:
-            until = time.monotonic() + REFUSED_SYMBOL_SECONDS
-            self._refused_until |= dict.fromkeys(asked, until)
-            log.warning("stream_symbols_refused", stream=self.name, symbols=list(asked), code=code)
+            at = time.monotonic()
+            still_refused = {symbol: until for symbol, until in self._refused_until.items() if until > at}
+            self._refused_until = still_refused | dict.fromkeys(asked, at + REFUSED_SYMBOL_SECONDS)
+            log.warning(
+                "stream_symbols_refused",
+                stream=self.name,
+                count=len(asked),
+                symbols=list(asked[:REFUSED_SHOWN_MAX]),
+                code=code,
+                advice="nothing: they are polled, and asked for again in ten minutes",
+            )
         else:
             self._batch_max = min(self._batch_max * 2, self._symbols_max)
         if self._refused_count is not None:
