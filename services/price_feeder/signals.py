@@ -69,4 +69,4 @@ class Signals:
         outbox = self._feed and self._feed.outbox
         if not outbox or not outbox.problem:
             return None
-        return Degraded(f"{len(outbox)} prices are not published: {outbox.problem}")
+        return Degraded(f"NATS does not take prices, {len(outbox)} wait: {outbox.problem}")
