@@ -29,7 +29,8 @@ from tests.waiting import eventually
 
 MOMENTS = int(os.environ.get("STOP_MOMENTS", "1"))
 """Per service and trouble. The seed is fixed, so that a moment that failed comes again."""
-WORK = {"price_feeder": "prices_updated", "snapshotter": "snapshots_taken"}
+WORK = {"price_feeder": {"prices_updated", "standby"}, "snapshotter": {"snapshots_taken"}}
+"""What a service logs when it is at work, or ready to be; of several feeders one leads."""
 EVERY_SECOND = str(1 / 60)
 """Minutes between two slots."""
 
@@ -186,7 +187,12 @@ async def test_signal_at_any_moment_of_the_work_ends_it_within_the_grace(
         ):
             await postgres.connect()
             await nats.connect()
-            await process.wait_for(WORK[name], timeout=40)
+
+            async def is_at_work() -> bool:
+                assert process.process.returncode is None, process.lines[-3:] + process.errors
+                return any(process.logged(event) for event in WORK[name])
+
+            await eventually(is_at_work, timeout=40)
             for server, wire in (("postgres", postgres), ("nats", nats)):
                 if server in trouble:
                     wire.freeze()
