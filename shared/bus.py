@@ -46,6 +46,8 @@ STREAMS_CHECK_SECONDS = 30.0
 PROBLEMS_SAID_MAX = 20
 CONNECT_TIMEOUT_SECONDS = 2
 CANCEL_PAUSE_SECONDS = 0.2
+CLOSE_SECONDS_MAX = 1.0
+"""What the end may take; the connection of a server that does not read is cut then."""
 LISTEN_CHECK_SECONDS = 1.0
 LISTEN_ANSWER_SECONDS_MAX = 2.0
 """A listener is told within these two that a server has frozen; the pings above take up to 30 s to notice it."""
@@ -167,7 +169,7 @@ class Bus:
         if self._js is None:  # never connected: the library has nothing to close
             return
         try:
-            async with asyncio.timeout(PUBLISH_TIMEOUT_SECONDS):
+            async with asyncio.timeout(CLOSE_SECONDS_MAX):
                 await self._client.close()
         except FAILURES as error:
             log.warning("bus_close_failed", error=reason(error))

@@ -18,6 +18,8 @@ SCHEMA_REVISION = "0003"
 CONNECT_TIMEOUT_SECONDS = 3.0
 STATEMENT_TIMEOUT_SECONDS = 2.0
 CHECK_TIMEOUT_SECONDS = 1.0
+CLOSE_SECONDS_MAX = 1.0
+"""What connections may take to close at the end; those of a server that does not answer are then ended."""
 IDLE_SECONDS_MAX = 300.0
 """A connection that nobody has used for so long is ended."""
 
@@ -334,7 +336,7 @@ async def connect(
             yield database
         finally:
             try:
-                async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+                async with asyncio.timeout(CLOSE_SECONDS_MAX):
                     await database.close()
             except TimeoutError:
                 log.warning("database_pool_terminated", reason="connections did not close in time")

@@ -4,9 +4,12 @@ Exit codes: 0 after SIGTERM or SIGINT, 1 after a failure, 2 when a setting is wr
 """
 
 import asyncio
+import os
 import signal
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
 import uvloop
@@ -16,6 +19,12 @@ from shared.settings import LogSettings, SettingsError
 
 STOP_GRACE_SECONDS = 10.0
 """What a service may take from a signal to its end; then it is cancelled."""
+CANCEL_SECONDS = 1.0
+"""What a cancelled service may still take."""
+END_SECONDS_MAX = STOP_GRACE_SECONDS + CANCEL_SECONDS + 2.0
+"""After a signal or a failure the process has ended by then, also when a task does not let itself be cancelled."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 S = TypeVar("S", bound=LogSettings)
 log = logs.get_logger()
@@ -31,8 +40,13 @@ def run(
     try:
         loaded = settings.load(settings_type)
         logs.configure(service, loaded.log_level)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            sys.exit(runner.run(_supervise(loaded, serve)))
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                code = runner.run(_supervise(loaded, serve))
+        finally:  # the loop's handlers have gone with it; the process ends already, whoever asks for it now
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+        sys.exit(code)
     except SettingsError as error:
         problems = "".join(f"\n  {line}" for line in str(error).splitlines())
         sys.stderr.write(f"{service} cannot start, its settings are wrong:{problems}\n")
@@ -63,9 +77,10 @@ async def _supervise(loaded: S, serve: Callable[[S, asyncio.Event], Awaitable[No
         first = not stop.is_set()
         stop.set()
         if first:
+            _end_at_last()  # whatever happens now
             log.info("stopping", signal=name)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         loop.add_signal_handler(number, on_signal, number.name)
     log.info("starting")
     served = asyncio.ensure_future(serve(loaded, stop))
@@ -77,7 +92,7 @@ async def _supervise(loaded: S, serve: Callable[[S, asyncio.Event], Awaitable[No
         if not served.done():
             log.error("stop_overran", grace_seconds=STOP_GRACE_SECONDS)
             served.cancel()
-            await asyncio.wait({served}, timeout=1.0)
+            await asyncio.wait({served}, timeout=CANCEL_SECONDS)
             return 1
         await served
     except SettingsError:
@@ -90,8 +105,23 @@ async def _supervise(loaded: S, serve: Callable[[S, asyncio.Event], Awaitable[No
         return 1
     finally:
         stopped.cancel()
+        _end_at_last()
     log.info("stopped")
     return 0
+
+
+def _end_at_last() -> None:
+    """See to it that the process ends: what nothing can cancel must not keep it until somebody kills it."""
+
+    def end() -> None:
+        with suppress(OSError):
+            os.set_blocking(2, False)  # nobody may read it any more
+            os.write(2, f"not ended {END_SECONDS_MAX:g} s after it was to: given up\n".encode())
+        os._exit(1)
+
+    ending = threading.Timer(END_SECONDS_MAX, end)
+    ending.daemon = True
+    ending.start()
 
 
 def _causes(error: BaseException) -> list[BaseException]:

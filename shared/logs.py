@@ -7,6 +7,9 @@ import asyncio
 import atexit
 import io
 import logging
+import os
+import select
+import stat
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,22 +18,46 @@ from typing import Literal, TextIO, cast
 
 import orjson
 import structlog
+from prometheus_client import Counter
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import FilteringBoundLogger, Processor
 
 _QUIET_LIBRARIES = ("asyncio", "aiohttp", "nats", "urllib3", "alembic", "sqlalchemy")
 
 
+STUCK_SECONDS_MAX = 0.2
+"""What a line waits for a reader that has stopped to read; the lines after it wait no more until he reads again."""
+
+DROPPED = Counter(
+    "foliotick_log_lines_dropped", "Log lines that nobody took: the reader has stopped to read."
+)
+
+
 class _LastingStream(io.TextIOBase):
-    """Standard output, of which nobody need be left to read: a service goes on without its log, and stops as asked."""
+    """Standard output, of which nobody need be left to read: a service goes on without its log, and stops as asked.
+
+    Neither does a reader that stands still hold it up: what he does not take is dropped, counted, and said in the end.
+    """
 
     def __init__(self) -> None:
         self._waiting: list[bytes] = []
+        self._unwritten = ""
+        self._pipe: int | None = None
+        self._is_stuck = False
+        self._is_torn = False
+        self._dropped = 0
+
+    def look(self) -> None:
+        """Find out whether standard output is a pipe, which alone can be full."""
+        try:
+            number = sys.stdout.fileno()
+            self._pipe = number if stat.S_ISFIFO(os.fstat(number).st_mode) else None
+        except (OSError, ValueError, AttributeError):
+            self._pipe = None
 
     def write(self, text: str) -> int:
         self._write_waiting()
-        with suppress(OSError, ValueError):
-            return sys.stdout.write(text)
+        self._put(text)
         return len(text)
 
     def write_soon(self, line: bytes) -> None:
@@ -50,13 +77,52 @@ class _LastingStream(io.TextIOBase):
     def flush(self) -> None:
         self._write_waiting()
         with suppress(OSError, ValueError):
-            sys.stdout.flush()
+            if self._pipe is None:
+                sys.stdout.flush()
+            else:
+                text, self._unwritten = self._unwritten, ""
+                self._put_into_pipe(self._pipe, text.encode())
 
     def _write_waiting(self) -> None:
         if self._waiting:
             lines, self._waiting = self._waiting, []
-            with suppress(OSError, ValueError):
-                sys.stdout.write(b"".join(lines).decode())
+            self._put(b"".join(lines).decode())
+
+    def _put(self, text: str) -> None:
+        if self._pipe is not None:
+            self._unwritten += text
+            return
+        with suppress(OSError, ValueError):
+            sys.stdout.write(text)
+
+    def _put_into_pipe(self, pipe: int, data: bytes) -> None:
+        """Write as much as is taken in time. A pipe that can be written to takes at least PIPE_BUF bytes at once."""
+        lines = data.count(b"\n")
+        if self._is_torn:
+            data = b"\n" + data
+        for start in range(0, len(data), select.PIPE_BUF):
+            _, writable, _ = select.select([], [pipe], [], 0.0 if self._is_stuck else STUCK_SECONDS_MAX)
+            if not writable:
+                self._drop(lines - data.count(b"\n", int(self._is_torn), start))
+                self._is_torn = self._is_torn if start == 0 else data[start - 1 : start] != b"\n"
+                return
+            os.write(pipe, data[start : start + select.PIPE_BUF])
+        self._is_stuck = self._is_torn = False
+        if self._dropped:
+            with suppress(RuntimeError):  # without a loop the next line that is written in one says it
+                asyncio.get_running_loop().call_soon(self._say_dropped)
+
+    def _drop(self, lines: int) -> None:
+        self._is_stuck = True
+        self._dropped += lines
+        DROPPED.inc(lines)
+
+    def _say_dropped(self) -> None:
+        dropped, self._dropped = self._dropped, 0
+        if dropped:
+            get_logger().warning(
+                "log_lines_dropped", lines=dropped, advice="see what reads this log: it stood still"
+            )
 
 
 _output = _LastingStream()
@@ -107,6 +173,7 @@ def configure(service: str, level: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     for_people = sys.stdout.isatty()
+    _output.look()
     exceptions: Processor = (
         structlog.dev.set_exc_info
         if for_people

@@ -1,5 +1,11 @@
 """Run the API gateway: `python -m services.api_gateway`."""
 
+from shared import startup
+
+if __name__ == "__main__":
+    startup.end_when_asked()
+
+
 import asyncio
 
 from services.api_gateway import app, auth, queries, replica
@@ -36,7 +42,13 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         calendar = Calendar()
         async with (
             app.serving(settings, app.Resources(source, verifier, bus, calendar, checks)) as served,
-            health.serving("api_gateway", settings.health_host, settings.health_port, served.checks),
+            health.serving(
+                "api_gateway",
+                settings.health_host,
+                settings.health_port,
+                served.checks,
+                schema=databases.SCHEMA_REVISION,
+            ),
             asyncio.TaskGroup() as tasks,
         ):
             tasks.create_task(calendar.keep(database, stop))

@@ -410,4 +410,4 @@ class Notifications:
 
     async def check(self) -> str | None:
         """Say for readiness whether changes of positions are heard; streams show the last known ones without."""
-        return None if self.are_heard else health.Note("changes of positions and cash are not heard")
+        return None if self.are_heard else health.Degraded("changes of positions and cash are not heard")

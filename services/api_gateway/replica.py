@@ -175,7 +175,7 @@ class Reads:
         """Say for readiness how the replica is; the gateway is ready without it."""
         if self.is_near():
             return None
-        return health.Note(f"not used: {self._problem or 'it is not known yet'}")
+        return health.Degraded(f"not used: {self._problem or 'it is not known yet'}")
 
     @property
     def connections_open(self) -> int:

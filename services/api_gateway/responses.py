@@ -360,5 +360,5 @@ class Readiness(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     service: str
-    status: Literal["ready", "not ready"]
+    status: Literal["ready", "degraded", "not ready"]
     checks: dict[str, str]

@@ -1,5 +1,11 @@
 """`python -m services.market_simulator`: serve the simulated market until a signal."""
 
+from shared import startup
+
+if __name__ == "__main__":
+    startup.end_when_asked()
+
+
 import asyncio
 
 from services.market_simulator.server import SERVICE, serving

@@ -1,5 +1,11 @@
 """Run the price feeder: `python -m services.price_feeder`."""
 
+from shared import startup
+
+if __name__ == "__main__":
+    startup.end_when_asked()
+
+
 import asyncio
 import gc
 
@@ -8,6 +14,7 @@ from services.price_feeder.feed import Feed
 from services.price_feeder.lease import Lease
 from services.price_feeder.market_data import MarketData
 from services.price_feeder.settings import Settings
+from services.price_feeder.signals import Signals
 from services.price_feeder.streaming import Streaming
 from shared import database as databases
 from shared import health, lifecycle, logs
@@ -16,14 +23,22 @@ from shared.database import Database
 from shared.market_calendar import Calendar
 from shared.messages import prices_stream
 
+DATABASE_CONNECTIONS = 4
+LEASE_CONNECTIONS = 2
+"""Of the lease's own, so that work that waits for the database does not cost it."""
+
 log = logs.get_logger()
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     url = settings.database_url.get_secret_value()
     async with (
-        databases.connect(url, application_name="price_feeder", connections_max=4) as database,
-        databases.connect(url, application_name="price_feeder_lease", connections_max=2) as lease_database,
+        databases.connect(
+            url, application_name="price_feeder", connections_max=DATABASE_CONNECTIONS
+        ) as database,
+        databases.connect(
+            url, application_name="price_feeder_lease", connections_max=LEASE_CONNECTIONS
+        ) as lease_database,
         Bus(
             settings.nats_url.get_secret_value(),
             name="price_feeder",
@@ -31,19 +46,30 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         ) as bus,
     ):
         lease = Lease(lease_database)
-        checks = {"postgres": database.check, "schema": database.check_schema, "nats": bus.check}
+        checks: dict[str, health.Check] = {
+            "postgres": database.check,
+            "schema": database.check_schema,
+            "nats": bus.check,
+        }
+        signals = Signals()
         if settings.price_update_enabled:
-            checks["lease"] = lease.check
-        async with health.serving("price_feeder", settings.health_host, settings.health_port, checks):
+            checks |= {"lease": lease.check, **signals.checks}
+        async with health.serving(
+            "price_feeder",
+            settings.health_host,
+            settings.health_port,
+            checks,
+            schema=databases.SCHEMA_REVISION,
+        ):
             if not settings.price_update_enabled:
                 log.warning("price_updates_disabled", setting="PRICE_UPDATE_ENABLED")
                 await stop.wait()
                 return
-            await feed_prices(settings, database, bus, lease, stop)
+            await feed_prices(settings, database, bus, lease, signals=signals, stop=stop)
 
 
 async def feed_prices(
-    settings: Settings, database: Database, bus: Bus, lease: Lease, stop: asyncio.Event
+    settings: Settings, database: Database, bus: Bus, lease: Lease, *, signals: Signals, stop: asyncio.Event
 ) -> None:
     assert settings.alpaca_api_key
     assert settings.alpaca_secret_key
@@ -79,7 +105,7 @@ async def feed_prices(
                 streaming=streaming if settings.price_stream_enabled else None,
                 closed_interval=settings.closed_interval,
             )
-            async with asyncio.TaskGroup() as tasks:
+            async with signals.of(term), asyncio.TaskGroup() as tasks:
                 tasks.create_task(feed.run(term, settings.interval, over))
                 tasks.create_task(
                     refreshes.run(

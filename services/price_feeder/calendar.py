@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from alpaca.trading.client import TradingClient
 from alpaca.trading.requests import GetCalendarRequest
 
+from services.price_feeder import metrics
 from services.price_feeder.budget import RateBudget
 from services.price_feeder.failures import MarketDataError, MarketDataUnavailable, Unsent
 from services.price_feeder.transport import DaemonThreads, Door, Pause
@@ -144,7 +145,12 @@ async def run(
         if is_leading() and monotonic() >= due_at:
             said = await _refresh(database, calendar_source, clock.utc_now())
             if said and said != problem:
-                log.warning("market_calendar_not_stored", reason=said, retry_seconds=retry_seconds)
+                log.warning(
+                    "market_calendar_not_stored",
+                    reason=said,
+                    retry_seconds=retry_seconds,
+                    advice="the exchange's rules hold meanwhile; see ALPACA_BASE_URL and the key",
+                )
             problem = said
             due_at = monotonic() + (retry_seconds if said else refresh_seconds)
         await clock.wait_for_stop(stop, look_seconds)
@@ -158,6 +164,7 @@ async def _refresh(database: Database, calendar_source: CalendarSource, now: dat
         changed = await store_days(database, days)
     except (MarketDataError, DatabaseUnavailable, SchemaMissing) as error:
         return str(error)
+    metrics.CALENDAR_STORED.set(now.timestamp())
     rules = MarketHours()
     unlike_the_rules = [day.isoformat() for day, session in days.items() if session != rules.session_on(day)]
     log.info(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from services.price_feeder import metrics, queries
 from services.price_feeder.conflation import StreamedTrade
-from services.price_feeder.failures import Unauthorized
+from services.price_feeder.failures import MarketDataError, Unauthorized
 from services.price_feeder.frames import Withdrawal
 from services.price_feeder.lease import Lease
 from services.price_feeder.market_data import LastTrades, MarketData
@@ -39,7 +39,7 @@ from shared.messages import FeedState
 
 ANSWERS_SECONDS_MAX = 9.0
 """What a round may wait for Alpaca: less than the usual interval, more than one request may take."""
-STOP_SECONDS_MAX = 3.0
+STOP_SECONDS_MAX = 2.0
 """What a round that is under way may still take when the service is to stop."""
 BUS_SECONDS_MAX = 2.0
 """What the first round waits for NATS."""
@@ -151,7 +151,10 @@ class Feed:
             done = await self._fetch_and_store(stop)
         except (DatabaseUnavailable, SchemaMissing) as error:
             done = Round("unstored", problem=f"database: {error}")
-            self._note_problem(done.problem, clock.utc_now())
+            advice = (
+                "see the checks postgres and schema of /readyz; prices are stored again once they are well"
+            )
+            self._note_problem(done.problem, clock.utc_now(), advice=advice)
             await self.outbox.publish()
         except LeaseLost as error:
             self._lease.lose()
@@ -180,10 +183,7 @@ class Feed:
         held = await queries.held_symbols(self._database)
         self._held = held
         metrics.HELD_SYMBOLS.set(len(held))
-        if len(self._trade_ids) > 2 * len(held):
-            self._trade_ids = {
-                symbol: self._trade_ids[symbol] for symbol in held if symbol in self._trade_ids
-            }
+        self._forget_all_but(held)
         await self._recall(held)
         await self._follow(held)
         hours, began_at = self._calendar.hours, clock.utc_now()
@@ -202,9 +202,11 @@ class Feed:
             found = {tick.symbol for tick in stored.changed if at - tick.traded_at > HEARD_WITHIN}
             self.streaming.note_missed(heard & found)
         problem = _in_words(answers)
-        self._note_problem(
-            problem, at, loud=any(isinstance(error, Unauthorized) for error in answers.problems)
-        )
+        gravest = _gravest(answers)
+        is_loud = isinstance(gravest, Unauthorized)
+        self._note_problem(problem, at, advice=gravest.advice if gravest else "", loud=is_loud)
+        self._reports.say_budget(answers.beyond_budget, at)
+        metrics.WAITING.set(answers.waiting)
         self.outbox.confirm(stored.confirmed, at)
         await self.outbox.publish()
         return Round(
@@ -232,6 +234,17 @@ class Feed:
         self.outbox.wake()
         changed = frozenset(tick.symbol for tick in stored.changed)
         return Refreshed(at, stored.confirmed, changed, rejected, _in_words(answers))
+
+    def _forget_all_but(self, held: list[str]) -> None:
+        """Keep what is known of trades bounded by what is held, give or take."""
+        if len(self._trade_ids) > 2 * len(held):
+            self._trade_ids = {
+                symbol: self._trade_ids[symbol] for symbol in held if symbol in self._trade_ids
+            }
+        if self._withdrawn:
+            self._withdrawn = {
+                symbol: self._withdrawn[symbol] for symbol in held if symbol in self._withdrawn
+            }
 
     async def _recall(self, held: list[str]) -> None:
         """Take all held prices as unpublished whenever the streams may lack some.
@@ -426,16 +439,33 @@ class Feed:
 
     # ---- status ----------------------------------------------------------------------------------
 
+    @property
+    def problem(self) -> str | None:
+        """Why the last round did not bring all prices, in words."""
+        return self._problem
+
+    @property
+    def budget_problem(self) -> str | None:
+        """That the budget of requests does not suffice, in words."""
+        return self._reports.budget_problem
+
+    @property
+    def confirmed_at(self) -> datetime | None:
+        """When the feed last confirmed a price, this or a former term's."""
+        return self._confirmed_at
+
     def note_streams(self) -> None:
         """Say what is streamed, and what state that makes, at once; the first round of a term says it first."""
-        if not self.outbox.has_status:
+        if self.outbox.status is None:
             return
         self._note_status(clock.utc_now())
         self.outbox.wake()
 
-    def _note_problem(self, problem: str | None, at: datetime, *, loud: bool = False) -> None:
+    def _note_problem(
+        self, problem: str | None, at: datetime, *, advice: str = "", loud: bool = False
+    ) -> None:
         self._problem = problem
-        self._reports.say_problem(problem, loud=loud, at=at)
+        self._reports.say_problem(problem, advice=advice, loud=loud, at=at)
         self._note_status(at)
 
     def _note_status(self, at: datetime) -> None:
@@ -481,6 +511,12 @@ def _concerns(withdrawal: Withdrawal, cached: CachedPrice, known: tuple[datetime
 def _in_words(answers: LastTrades) -> str | None:
     """Return the round's problems in words, each once."""
     return "; ".join(sorted({str(problem) for problem in answers.problems})) or None
+
+
+def _gravest(answers: LastTrades) -> MarketDataError | None:
+    """Return the problem that somebody must see to, else the first one."""
+    loud = (problem for problem in answers.problems if isinstance(problem, Unauthorized))
+    return next(loud, answers.problems[0] if answers.problems else None)
 
 
 def _outcome(held: list[str], answers: LastTrades) -> str:

@@ -50,6 +50,8 @@ class LastTrades:
     problems: list[MarketDataError] = field(default_factory=list)
     waiting: int = 0
     """Symbols that were not asked for: the budget is spent, or a pause is on."""
+    beyond_budget: int = 0
+    """Those of them for which the budget did not suffice."""
     refused: set[str] = field(default_factory=set)
     repairs: int = 0
 
@@ -164,7 +166,10 @@ class MarketData:
                 raw, feed = await fetching
             except Unsent as unsent:
                 answers.waiting += len(part)
-                answers.problems += [unsent.pause] if unsent.pause else []
+                if unsent.pause:
+                    answers.problems.append(unsent.pause)
+                else:
+                    answers.beyond_budget += len(part)
             except BadRequest as error:
                 parts += _parts_to_ask(part, error, answers)
             except MarketDataError as error:

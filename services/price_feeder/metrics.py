@@ -33,6 +33,18 @@ LAST_SUCCESS = Gauge(
 )
 HELD_SYMBOLS = Gauge("price_feeder_held_symbols", "Symbols that somebody holds.")
 UNPUBLISHED = Gauge("price_feeder_unpublished_ticks", "Ticks that NATS has not acknowledged yet.")
+WAITING = Gauge(
+    "price_feeder_waiting_symbols",
+    "Symbols that the last round did not ask for: the budget is spent, or Alpaca wants a pause.",
+)
+FEED_STATE = Gauge(
+    "price_feeder_feed_state",
+    "1 for the state that the feed is in: live, polling, stale, market_closed, stopped; none for a standby.",
+    ["state"],
+)
+CALENDAR_STORED = Gauge(
+    "price_feeder_calendar_stored_timestamp_seconds", "When Alpaca's calendar was last stored, Unix time."
+)
 BUDGET_LEFT = Gauge("price_feeder_request_budget_left", "Requests that may be sent to Alpaca now.")
 LEASE_HELD = Gauge("price_feeder_lease_held", "1 while this feeder has the lease, 0 while it is a standby.")
 STREAM_STATE = Gauge("price_feeder_stream_state", "1 for the state that a stream is in.", ["stream", "state"])
@@ -55,6 +67,14 @@ WITHDRAWALS = Counter("price_feeder_withdrawn_trades", "Cached trades that were 
 TRADING_STATUSES = Counter(
     "price_feeder_trading_statuses", "Statuses by kind: halted, resumed, other.", ["kind"]
 )
+
+
+def end_term() -> None:
+    """Say nothing any more of a term that is over: another process has the lease, or will."""
+    for labelled in (FEED_STATE, STREAM_STATE):
+        labelled.clear()
+    for gauge in (HELD_SYMBOLS, POLLED_SYMBOLS, UNPUBLISHED, WAITING):
+        gauge.set(0)
 
 
 def streamed_trades(stream: str) -> Callable[[Heard], None]:

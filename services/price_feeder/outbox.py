@@ -25,7 +25,7 @@ PUBLISH_SECONDS_MAX = 5.0
 BATCH_MAX = 256
 CONFIRMED_MAX = 2000
 """Symbols in one confirmation: 20 KB."""
-LAST_STATUS_SECONDS_MAX = 2.0
+LAST_STATUS_SECONDS_MAX = 1.5
 SUBJECTS_REMEMBERED_MAX = 10_000
 
 log = logs.get_logger()
@@ -46,6 +46,9 @@ class Outbox:
         self._status_published = False
         self._publishing = asyncio.Lock()
         self._wanted = asyncio.Event()
+        self._failure: str | None = None
+        self.problem: str | None = None
+        """Why not all was published the last time, in words."""
 
     def __len__(self) -> int:
         """How many ticks are not acknowledged."""
@@ -71,15 +74,18 @@ class Outbox:
         if before and (before.state, before.streamed, before.polled) == (state, streamed, polled):
             return
         if before is None or before.state is not state:
-            log.info("feed_status", state=state, detail=detail, streamed=streamed, polled=polled)
+            say = log.warning if state is FeedState.STALE else log.info
+            say("feed_status", state=state, detail=detail, streamed=streamed, polled=polled)
+            for each in FeedState:
+                metrics.FEED_STATE.labels(each).set(each is state)
         since = before.since if before and before.state is state else at
         self._status = FeedStatus(state=state, since=since, detail=detail, streamed=streamed, polled=polled)
         self._status_published = False
 
     @property
-    def has_status(self) -> bool:
-        """Tell whether a state was ever set."""
-        return self._status is not None
+    def status(self) -> FeedStatus | None:
+        """The feed's state, once it is known."""
+        return self._status
 
     def repeat_status(self) -> None:
         """Publish the status again: the stream that keeps it may have been lost."""
@@ -100,14 +106,37 @@ class Outbox:
         """Publish all that waits; what NATS does not acknowledge waits for the next time."""
         try:
             async with asyncio.timeout(PUBLISH_SECONDS_MAX), self._publishing:
+                self._failure = None
                 await self._publish_status()
                 for symbols in _batches(list(self._ticks)):
                     if not await self._publish_ticks(symbols):
                         break
                 await self._publish_confirmations()
+                failure = self._failure
         except TimeoutError:
-            log.warning("publishing_cut_off", unpublished=len(self._ticks))
+            failure = f"not acknowledged within {PUBLISH_SECONDS_MAX:g} s"
         metrics.UNPUBLISHED.set(len(self._ticks))
+        self._say(failure)
+
+    def _say(self, failure: str | None) -> None:
+        """Warn once when publishing begins to fail, and say once that it is over."""
+        if failure and not self.problem:
+            log.warning(
+                "prices_unpublished",
+                ticks=len(self._ticks),
+                problem=failure,
+                advice="see the check nats of /readyz; prices are stored meanwhile, and published once NATS is well",
+            )
+        elif self.problem and not failure:
+            log.info("prices_published_again")
+        self.problem = failure
+
+    async def _send(self, batch: Sequence[Outgoing]) -> list[Outgoing]:
+        """Publish and return what was not acknowledged."""
+        failed = await self._bus.publish_all(batch)
+        if failed:
+            self._failure = failed[0][1]
+        return [outgoing for outgoing, _ in failed]
 
     async def _publish_ticks(self, symbols: Sequence[str]) -> bool:
         """Publish the ticks that wait now, which may be newer than when the symbols were listed."""
@@ -115,8 +144,8 @@ class Outbox:
             return False
         term = self._lease.term.number
         ticks = [self._ticks[symbol] for symbol in symbols]
-        failed = await self._bus.publish_all([_outgoing(tick, term) for tick in ticks])
-        unacknowledged = {outgoing.subject for outgoing, _ in failed}
+        failed = await self._send([_outgoing(tick, term) for tick in ticks])
+        unacknowledged = {outgoing.subject for outgoing in failed}
         for tick in ticks:
             subject, _ = _subject_and_token(tick.symbol)
             if subject in unacknowledged:
@@ -130,8 +159,8 @@ class Outbox:
         if not self._confirmed or not self._lease.holds():
             return
         confirmations = list(_confirmations(self._confirmed))
-        failed = await self._bus.publish_all([Outgoing(PRICES_CONFIRMED, each) for each in confirmations])
-        unacknowledged = {id(outgoing.message) for outgoing, _ in failed}
+        failed = await self._send([Outgoing(PRICES_CONFIRMED, each) for each in confirmations])
+        unacknowledged = {id(outgoing.message) for outgoing in failed}
         for each in confirmations:
             for symbol in each.symbols if id(each) not in unacknowledged else ():
                 if self._confirmed.get(symbol) == each.confirmed_at:  # no later one has come in meanwhile
@@ -141,7 +170,7 @@ class Outbox:
         status = self._status
         may_speak = self._lease.holds() or self._lease.has_just_run_out()
         if status and not self._status_published and may_speak:
-            failed = await self._bus.publish_all([Outgoing(FEED_STATUS, status)])
+            failed = await self._send([Outgoing(FEED_STATUS, status)])
             self._status_published = not failed and self._status is status
 
     async def publish_last_status(self) -> None:

@@ -82,6 +82,15 @@ class Streaming:
             if stream.state is not StreamState.OFF
         }
 
+    @property
+    def problems(self) -> dict[str, str]:
+        """What is wrong with each stream that has a problem, with its state, in words."""
+        return {
+            stream.name: f"{stream.state}: {stream.problem}"
+            for stream in self._streams.values()
+            if stream.problem
+        }
+
     def follow(self, selection: Mapping[AssetClass, Sequence[str]]) -> None:
         """Stream these symbols from now on."""
         for kind, stream in self._streams.items():

@@ -41,6 +41,7 @@ REFUSED_PAUSE_SECONDS = 300.0
 HEALTHY_SECONDS = 30.0
 """A connection that lasted so long begins the next failures' pauses anew."""
 REFUSED_SYMBOL_SECONDS = 600.0
+REFUSED_SHOWN_MAX = 20
 LIMIT_REMEMBERED_SECONDS = 3600.0
 MISSED_ROUNDS_MAX = 2
 """So many rounds may find trades that should have been heard, and were not, before a stream counts as mute."""
@@ -79,6 +80,16 @@ _CODES = {
     "connection limit exceeded": CONNECTION_LIMIT,
     "insufficient subscription": 409,
 }
+
+REFUSED_ADVICE = (
+    "polling goes on; set the right key, and an ALPACA_FEED of the plan, or PRICE_STREAM_ENABLED=false"
+)
+LOST_ADVICE = {
+    0: "nothing: it is made again by itself, and polling goes on meanwhile",
+    CONNECTION_LIMIT: "another program streams with this key; stop it, or set PRICE_STREAM_ENABLED=false",
+    SYMBOL_LIMIT: "the plan streams no more symbols; lower ALPACA_STREAM_SYMBOLS_MAX",
+}
+LIMITED_ADVICE = "nothing: the rest is polled; with a larger plan raise ALPACA_STREAM_SYMBOLS_MAX"
 
 log = logs.get_logger()
 
@@ -345,7 +356,9 @@ class Stream:
             for status in heard.statuses:
                 self._say_status(status)
             if heard.malformed:
-                self._say("stream_message_malformed", f"{heard.malformed} in a frame")
+                self._say(
+                    "stream_message_malformed", f"{heard.malformed} in a frame", "nothing: the others count"
+                )
 
     def _take_control(self, message: dict[str, object]) -> None:
         waiting = self._answer if self._answer and not self._answer.done() else None
@@ -403,9 +416,17 @@ class Stream:
         elif code == INVALID_SYNTAX and len(asked) > 1:
             self._batch_max = len(asked) // 2
         elif code:
-            until = time.monotonic() + REFUSED_SYMBOL_SECONDS
-            self._refused_until |= dict.fromkeys(asked, until)
-            log.warning("stream_symbols_refused", stream=self.name, symbols=list(asked), code=code)
+            at = time.monotonic()
+            still_refused = {symbol: until for symbol, until in self._refused_until.items() if until > at}
+            self._refused_until = still_refused | dict.fromkeys(asked, at + REFUSED_SYMBOL_SECONDS)
+            log.warning(
+                "stream_symbols_refused",
+                stream=self.name,
+                count=len(asked),
+                symbols=list(asked[:REFUSED_SHOWN_MAX]),
+                code=code,
+                advice="nothing: they are polled, and asked for again in ten minutes",
+            )
         else:
             self._batch_max = min(self._batch_max * 2, self._symbols_max)
         if self._refused_count is not None:
@@ -414,7 +435,7 @@ class Stream:
             self._accepted_count = accepted if accepted < self._refused_count else len(self.subscribed)
             self._limit = (self._accepted_count + self._refused_count) // 2
             if self._refused_count - self._accepted_count == 1:
-                self._say("stream_symbols_limited", f"{self._limit} symbols are accepted")
+                self._say("stream_symbols_limited", f"{self._limit} symbols are accepted", LIMITED_ADVICE)
             if self._limit == 0:
                 raise StreamError(SYMBOL_LIMIT, "no symbol is accepted")
 
@@ -433,10 +454,10 @@ class Stream:
         metrics.STREAM_FAILURES.labels(self.name, code or "connection").inc()
         if code in _ABOUT_THE_KEY:
             self._set_state(StreamState.REFUSED, problem)
-            log.error("market_stream_refused", stream=self.name, problem=problem)
+            log.error("market_stream_refused", stream=self.name, problem=problem, advice=REFUSED_ADVICE)
             return REFUSED_PAUSE_SECONDS * random.uniform(0.9, 1.1)  # noqa: S311  # spreads, hides nothing
         self._set_state(StreamState.CONNECTING, problem)
-        self._say("market_stream_lost", problem)
+        self._say("market_stream_lost", problem, LOST_ADVICE.get(code, LOST_ADVICE[0]))
         if code in (CONNECTION_LIMIT, SYMBOL_LIMIT, 429):
             return _pause(OTHER_CONNECTION_PAUSE_SECONDS_MIN, OTHER_CONNECTION_PAUSE_SECONDS_MAX, failures)
         return _pause(PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX, failures)
@@ -466,10 +487,10 @@ class Stream:
                 self._said = None
             self._listener.changed()
 
-    def _say(self, event: str, problem: str) -> None:
+    def _say(self, event: str, problem: str, advice: str) -> None:
         """Warn once while it stays the same."""
         if self._said != f"{event} {problem}":
-            log.warning(event, stream=self.name, problem=problem)
+            log.warning(event, stream=self.name, problem=problem, advice=advice)
         self._said = f"{event} {problem}"
 
     def _say_status(self, status: TradingStatus) -> None:

@@ -37,6 +37,8 @@ CONNECT_SECONDS_MAX = 3.0
 BODY_BYTES_MAX = 16 * 1024 * 1024
 """Bound of an answer as it is sent, and of what it is unpacked to; 100 trades are 15 KB."""
 UNAUTHORIZED_PAUSE = timedelta(seconds=60)
+WAITING_MAX = 2000
+"""Requests that wait for a thread: 200,000 symbols, or what many rounds gave up while all threads hung."""
 
 _CHUNK_BYTES = 65_536
 _PROBLEM_LENGTH_MAX = 200
@@ -246,7 +248,8 @@ def _cause(error: BaseException, seconds_max: float) -> str:
 class DaemonThreads(Executor):
     """A fixed number of threads that the end of the process does not wait for, whatever they hang in.
 
-    (Resolving a name has no deadline; the threads of ThreadPoolExecutor are joined at exit.)
+    Work beyond `WAITING_MAX` that waits for a thread fails at once with MarketDataUnavailable. (Resolving a name has no
+    deadline; the threads of ThreadPoolExecutor are joined at exit.)
     """
 
     def __init__(self, count: int, *, name: str) -> None:
@@ -257,6 +260,9 @@ class DaemonThreads(Executor):
 
     def submit(self, work: Callable[P, T], /, *args: P.args, **options: P.kwargs) -> Future[T]:
         future: Future[T] = Future()
+        if self._work.qsize() >= WAITING_MAX:
+            future.set_exception(MarketDataUnavailable("too many requests wait for one that hangs"))
+            return future
 
         def run() -> None:
             if not future.set_running_or_notify_cancel():

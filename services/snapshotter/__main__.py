@@ -1,5 +1,11 @@
 """Run the snapshotter: `python -m services.snapshotter`."""
 
+from shared import startup
+
+if __name__ == "__main__":
+    startup.end_when_asked()
+
+
 import asyncio
 
 from services.snapshotter import queries, requested, snapshots, timer, upkeep
@@ -27,6 +33,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             settings.health_host,
             settings.health_port,
             {"postgres": database.check, "schema": database.check_schema, "nats": bus.check},
+            schema=databases.SCHEMA_REVISION,
         ),
     ):
         if not settings.snapshot_enabled:

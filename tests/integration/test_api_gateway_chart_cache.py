@@ -415,7 +415,7 @@ async def test_any_answer_is_what_a_fresh_one_was_less_than_a_second_ago(
     database: Database, watched: Watched, charts: Charts, news: News, seed: int
 ) -> None:
     """Whatever happens in whatever order; and right after news it is a fresh one in all that they tell."""
-    chance = random.Random(seed)  # noqa: S311
+    chance = random.Random(seed)
     user_id = await create_user(database, cash="0", positions={"A": ("1", "1")})
     await set_price(database, "A", "1")
     fresh = new_charts(database, News(), bytes_max=0)

@@ -15,6 +15,8 @@ from tests.integration.fake_alpaca import FakeAlpaca, answers, hangs, running_fa
 from tests.integration.feeder_process import price_feeder
 from tests.waiting import eventually
 
+CHECKS = ("postgres", "schema", "nats", "lease", "prices", "rounds", "budget", "streams", "publishing")
+
 
 @pytest.fixture
 async def alpaca() -> AsyncIterator[FakeAlpaca]:
@@ -49,7 +51,7 @@ async def test_prices_flow_and_sigterm_ends_it_with_exit_code_0(
                 assert await ready.json() == {
                     "service": "price_feeder",
                     "status": "ready",
-                    "checks": {"postgres": "ok", "schema": "ok", "nats": "ok", "lease": "ok"},
+                    "checks": dict.fromkeys(CHECKS, "ok"),
                 }
             async with client.get("/metrics") as metrics:
                 text = await metrics.text()

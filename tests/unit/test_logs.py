@@ -1,9 +1,12 @@
 """The direct way of a frequent event beside the pipeline. Each in a process of its own: there is one configuration."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -160,3 +163,51 @@ asyncio.run(main())
     assert process.stderr.readline() == "alive\n"
     process.wait(10)
     process.stderr.close()
+
+
+def test_reader_that_stands_still_holds_nothing_up_and_is_told_what_he_missed() -> None:
+    script = """
+import asyncio, os, sys, time
+from shared import logs
+logs.configure("tests", "INFO")
+log = logs.get_logger()
+
+async def main():
+    began = time.monotonic()
+    for number in range(3000):
+        log.info("piped", number=number, text="x" * 100)
+        logs.write("info", "direct", {"number": number, "text": "x" * 5000})
+        await asyncio.sleep(0)
+    assert time.monotonic() - began < 10
+    sys.stderr.write("done")
+    sys.stderr.flush()
+    while not os.access(sys.argv[1], os.F_OK):
+        await asyncio.sleep(0.01)
+    log.info("read again")
+    await asyncio.sleep(0.1)
+
+asyncio.run(main())
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        sign = Path(folder) / "sign"
+        with subprocess.Popen(
+            [sys.executable, "-c", script, str(sign)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stderr
+            assert process.stdout
+            assert process.stderr.read(4) == "done"
+            taken = os.read(process.stdout.fileno(), 1024 * 1024).decode()
+            sign.touch()
+            lines = (taken + process.stdout.read()).splitlines()
+            assert process.wait(10) == 0
+    whole = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    *kept, again, said = whole
+    assert len(lines) - len(whole) <= 1  # the one that the pipe had no more room for
+    assert (again["event"], said["event"]) == ("read again", "log_lines_dropped")
+    numbers = [line["number"] for line in kept]
+    assert numbers == sorted(numbers)
+    assert len(kept) + said["lines"] == 6000

@@ -1,0 +1,148 @@
+"""docs/bounds.md says what the code says, and waits fit into those of their callers."""
+
+import importlib
+import re
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from services.price_feeder import calendar, feed, lease, market_data, outbox, refreshes, streams, transport
+from services.price_feeder.__main__ import DATABASE_CONNECTIONS, LEASE_CONNECTIONS
+from services.price_feeder.settings import Settings as FeederSettings
+from services.snapshotter import requested, snapshots, upkeep
+from shared import bus, database, health, lifecycle, requests
+from tests.unit.test_configuration_files import COMPOSE, SERVICES, settings_of
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENT = (ROOT / "docs" / "bounds.md").read_text()
+
+
+class Row(NamedTuple):
+    what: str
+    bound: str
+    set_in: str
+    then: str
+
+
+def rows() -> list[Row]:
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in DOCUMENT.splitlines()
+        if line.startswith("| ") and not line.startswith("| what |")
+    ]
+    assert all(len(row) == 4 for row in cells), cells
+    return [Row(*row) for row in cells]
+
+
+ROWS = rows()
+CONSTANTS = [row for row in ROWS if ":" in row.set_in]
+SETTINGS = [row for row in ROWS if re.fullmatch(r"`[A-Z_]+`", row.set_in)]
+
+
+def number(bound: str) -> float:
+    """Return the number that a bound is."""
+    found = re.search(r"\d[\d,]*(\.\d+)?", bound.removeprefix("one "))
+    assert found, f"no number in {bound!r}"
+    return float(found[0].replace(",", ""))
+
+
+def in_numbers(value: Any) -> set[float]:
+    """Return a constant as numbers that a reader may be told, a width of time in days as well."""
+    if isinstance(value, timedelta):
+        return {value.total_seconds(), value / timedelta(days=1)}
+    return {float(value)}
+
+
+def test_document_is_read() -> None:
+    assert len(CONSTANTS) > 70
+    assert len(SETTINGS) > 5
+    for row in ROWS:
+        assert all(row), row
+        if row not in CONSTANTS and row not in SETTINGS:
+            assert (ROOT / row.set_in.strip("`")).exists(), row
+
+
+@pytest.mark.parametrize("row", CONSTANTS, ids=lambda row: row.set_in)
+def test_constant_of_the_document_is_that_of_the_code(row: Row) -> None:
+    found = re.fullmatch(r"`([a-z_.]+):([A-Za-z_]+)(?:\.([a-z_]+))?`", row.set_in)
+    assert found, row
+    value = getattr(importlib.import_module(found[1]), found[2])
+    if found[3]:
+        value = value[found[3]]
+    assert number(row.bound) in in_numbers(value), row
+
+
+@pytest.mark.parametrize("row", SETTINGS, ids=lambda row: row.set_in)
+def test_setting_of_the_document_has_that_default(row: Row) -> None:
+    name = row.set_in.strip("`")
+    defaults = {
+        float(fields[name].default) for service in SERVICES if name in (fields := settings_of(service))
+    }
+    assert defaults == {number(row.bound)}
+
+
+def test_no_bound_is_named_twice() -> None:
+    named = [row.set_in for row in (*CONSTANTS, *SETTINGS)]
+    assert sorted(set(named)) == sorted(named)
+
+
+# ---- waits inside waits --------------------------------------------------------------------------
+
+
+def test_what_a_feeder_does_after_a_signal_fits_into_the_grace() -> None:
+    """Also when everything stands still, and each step takes all that it may."""
+    answers = requests.DRAIN_SECONDS_MAX + requests.STOP_SECONDS_MAX
+    term = max(feed.STOP_SECONDS_MAX + outbox.LAST_STATUS_SECONDS_MAX, answers) + lease.RELEASE_SECONDS_MAX
+    closing = health.STOP_SECONDS_MAX + bus.CLOSE_SECONDS_MAX + 2 * database.CLOSE_SECONDS_MAX
+    assert term + closing < lifecycle.STOP_GRACE_SECONDS
+
+
+def test_what_a_snapshotter_does_after_a_signal_fits_into_the_grace() -> None:
+    answers = requests.DRAIN_SECONDS_MAX + requests.STOP_SECONDS_MAX
+    work = max(bus.FETCH_WAIT_SECONDS + snapshots.STOP_SECONDS_MAX, upkeep.STOP_SECONDS_MAX, answers)
+    closing = health.STOP_SECONDS_MAX + bus.CLOSE_SECONDS_MAX + database.CLOSE_SECONDS_MAX
+    assert work + closing < lifecycle.STOP_GRACE_SECONDS
+
+
+def test_grace_of_a_service_fits_into_that_of_its_container() -> None:
+    for service in ("price_feeder", "snapshotter", "api_gateway", "market_simulator"):
+        seconds = int(COMPOSE["services"][service]["stop_grace_period"].removesuffix("s"))
+        assert lifecycle.STOP_GRACE_SECONDS < lifecycle.END_SECONDS_MAX < seconds
+
+
+def test_a_request_to_alpaca_fits_into_a_round_and_a_round_into_the_interval() -> None:
+    assert transport.CONNECT_SECONDS_MAX < market_data.REQUEST_SECONDS_MAX < feed.ANSWERS_SECONDS_MAX
+    assert FeederSettings.model_fields["price_update_interval_seconds"].default > feed.ANSWERS_SECONDS_MAX
+    assert calendar.REQUEST_SECONDS_MAX < calendar.ANSWER_SECONDS_MAX < calendar.RETRY_SECONDS
+
+
+def test_a_refresh_fits_into_its_answer() -> None:
+    """Its turn, the grant, the market, and the prices stored."""
+    steps = refreshes.PAUSE_SECONDS_MAX + refreshes.MARKET_SECONDS_MAX + database.STATEMENT_TIMEOUT_SECONDS
+    assert steps < refreshes.ANSWER_SECONDS_MAX
+
+
+def test_holder_of_the_lease_has_ended_before_another_begins() -> None:
+    assert lease.LASTS.total_seconds() > lease.HELD_SECONDS_MAX + lease.NOBODY_SECONDS
+    assert 2 * lease.RENEW_EVERY_SECONDS + database.STATEMENT_TIMEOUT_SECONDS < lease.HELD_SECONDS_MAX
+
+
+def test_a_check_fits_into_the_health_check_of_the_container() -> None:
+    assert database.CHECK_TIMEOUT_SECONDS < health.CHECK_TIMEOUT_SECONDS
+    for service in ("price_feeder", "snapshotter", "api_gateway"):
+        seconds = int(COMPOSE["services"][service]["healthcheck"]["timeout"].removesuffix("s"))
+        assert seconds > health.CHECK_TIMEOUT_SECONDS
+
+
+def test_a_stream_that_stands_still_is_given_up_before_its_handshake_is() -> None:
+    silence = streams.WEBSOCKET["ping_interval"], streams.WEBSOCKET["ping_timeout"]
+    assert sum(float(seconds or 0) for seconds in silence) <= streams.HANDSHAKE_SECONDS_MAX
+
+
+def test_connections_of_two_of_each_service_fit_into_a_server_of_the_usual_size() -> None:
+    feeder = DATABASE_CONNECTIONS + LEASE_CONNECTIONS
+    snapshotter = snapshots.AT_ONCE_MAX + requested.AT_ONCE_MAX + 2
+    gateway = settings_of("api_gateway")["GATEWAY_DATABASE_CONNECTIONS"].default + 1  # and one that listens
+    assert 2 * (feeder + snapshotter + gateway) < 100 - 3  # those that PostgreSQL keeps for its owner
