@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 
 from prometheus_client import Counter
 
+from services.snapshotter.troubles import Troubles
 from shared import clock, logs
 from shared.bus import Bus, Outgoing
 from shared.market_calendar import Calendar
@@ -19,7 +20,13 @@ log = logs.get_logger()
 
 
 async def run(
-    bus: Bus, interval: timedelta, shards: int, stop: asyncio.Event, calendar: Calendar | None = None
+    bus: Bus,
+    interval: timedelta,
+    shards: int,
+    stop: asyncio.Event,
+    *,
+    calendar: Calendar | None = None,
+    troubles: Troubles | None = None,
 ) -> None:
     """Announce each slot when it is reached, beginning with the current one, until `stop` is set.
 
@@ -34,7 +41,8 @@ async def run(
             continue
         if was_resting:
             log.info("snapshots_resumed", scheduled_at=scheduled_at.isoformat())
-        await announce(bus, scheduled_at, interval, shards, stop)
+        if not await announce(bus, scheduled_at, interval, shards, stop) and troubles and not stop.is_set():
+            troubles.happened("missed", f"slot {scheduled_at.isoformat()} was not announced")
 
 
 def _rests(scheduled_at: datetime, calendar: Calendar | None, *, said: bool) -> bool:
@@ -49,23 +57,31 @@ def _rests(scheduled_at: datetime, calendar: Calendar | None, *, said: bool) -> 
 
 async def announce(
     bus: Bus, scheduled_at: datetime, interval: timedelta, shards: int, stop: asyncio.Event
-) -> None:
-    """Publish SnapshotDue for every shard, trying again while the slot is younger than one interval."""
+) -> bool:
+    """Publish SnapshotDue for every shard, trying again while the slot is younger than one interval.
+
+    Return whether all were acknowledged.
+    """
     waiting = [due(scheduled_at, shard, shards) for shard in range(shards)]
     reason = ""
     while not stop.is_set():
         if clock.utc_now() - scheduled_at >= interval:
             slots_missed.inc()
             log.error(
-                "slot_missed", scheduled_at=scheduled_at.isoformat(), shards=len(waiting), reason=reason
+                "slot_missed",
+                scheduled_at=scheduled_at.isoformat(),
+                shards=len(waiting),
+                reason=reason,
+                advice="NATS did not store the slot for a whole interval: see /readyz and nats-server",
             )
-            return
+            return False
         failed = await bus.publish_all(waiting)
         if not failed:
             slots_announced.inc()
-            return
+            return True
         waiting, reason = [outgoing for outgoing, _ in failed], failed[0][1]
         await clock.wait_for_stop(stop, RETRY_SECONDS)
+    return False
 
 
 def due(scheduled_at: datetime, shard: int, shards: int) -> Outgoing:

@@ -430,7 +430,7 @@ async def test_timer_rests_while_the_market_is_closed_and_says_so_once(bus: Bus,
 
     with capture_logs() as logs:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(timer.run(bus, timedelta(seconds=0.1), 1, stop, calendar))
+            tasks.create_task(timer.run(bus, timedelta(seconds=0.1), 1, stop, calendar=calendar))
             await eventually(has_rested)
             assert not await is_announced()
             calendar.hours = open_now()
@@ -528,7 +528,7 @@ async def test_shard_is_taken_after_the_database_was_away(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", name
     )
     at = utc_now()
-    postponed = snapshots.shards_handled.labels("postponed")
+    postponed = snapshots.shards_postponed.labels("PostgreSQL is away")
     before = counted(postponed)
 
     async def is_postponed() -> bool:
