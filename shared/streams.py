@@ -18,6 +18,7 @@ DUPLICATE_WINDOW = timedelta(minutes=2)
 _NOT_FOUND = 10059
 _NO_MESSAGE = 10037
 _NO_SUCH_SEQUENCE = 10043
+_NOT_DELETED = 10057
 _NO_SUCH_SPACE = frozenset({10002, 10047})
 
 log = logs.get_logger()
@@ -37,6 +38,13 @@ class ApiError(nats.errors.Error):
     def __init__(self, error: Mapping[str, Any]) -> None:
         super().__init__(f"{error.get('description')} (code {error.get('code')}, {error.get('err_code')})")
         self.err_code = error.get("err_code")
+
+    @property
+    def says_that_nothing_is_there(self) -> bool:
+        """Tell whether the message was not there (any more); a deletion that fails has one code for all its reasons."""
+        if self.err_code == _NOT_DELETED:
+            return "no message found" in str(self)
+        return self.err_code in (_NO_MESSAGE, _NO_SUCH_SEQUENCE)
 
 
 class Found(NamedTuple):
@@ -124,7 +132,7 @@ async def delete(client: Client, stream: Stream, sequence: int) -> bool:
     try:
         await _api(client, f"STREAM.MSG.DELETE.{stream.name}", {"seq": sequence})
     except ApiError as error:
-        if error.err_code in (_NO_MESSAGE, _NO_SUCH_SEQUENCE):
+        if error.says_that_nothing_is_there:
             return False
         raise
     return True
@@ -136,7 +144,7 @@ async def take_last(client: Client, stream: Stream, subject: str) -> bytes | Non
         stored = (await _api(client, f"STREAM.MSG.GET.{stream.name}", {"last_by_subj": subject}))["message"]
         await _api(client, f"STREAM.MSG.DELETE.{stream.name}", {"seq": stored["seq"]})
     except ApiError as error:
-        if error.err_code in (_NO_MESSAGE, _NO_SUCH_SEQUENCE):
+        if error.says_that_nothing_is_there:
             return None
         raise
     return base64.b64decode(stored.get("data", ""))

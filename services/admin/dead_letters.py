@@ -11,7 +11,7 @@ from shared.bus import Bus, BusUnavailable, NotReplayable, NumberedLetter
 from shared.messages import SNAPSHOT_DUE, DeadLetter
 
 COMMANDS = ("dead-letters", "replay-dead-letter", "discard-dead-letter")
-CONNECT_SECONDS_MAX = 10.0
+CONNECT_SECONDS_MAX = 5.0
 
 
 async def performed(settings: DeadLetterSettings, given: Namespace) -> str:
