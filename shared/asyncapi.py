@@ -124,7 +124,7 @@ EXAMPLES: tuple[Message, ...] = (
         put_aside_at=_SLOT + timedelta(seconds=1),
         put_aside_by="snapshotter",
     ),
-    Probe(probed_at=_SLOT),
+    Probe(probed_at=_SLOT, filler="-" * 16),
     StreamTicket(
         subject="demo",
         ticket_expires_at=_SLOT + timedelta(seconds=30),

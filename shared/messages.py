@@ -275,10 +275,16 @@ class DeadLetter(Message):
         return len(self.content) == self.size
 
 
+PROBE_BYTES = 4096
+
+
 class Probe(Message):
     """A service looks whether JetStream stores what it is told. On `probes.v1.<service>`, last value kept."""
 
     probed_at: AwareDatetime = Field(description="When the service looked.")
+    filler: str = Field(
+        default="-" * PROBE_BYTES, description="As much as a disk gives at once, so that it needs room."
+    )
 
 
 # ---- streams -------------------------------------------------------------------------------------

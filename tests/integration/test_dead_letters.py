@@ -163,7 +163,7 @@ async def test_message_that_kills_its_process_does_so_five_times_and_harms_no_ot
 ) -> None:
     for payload in (b"well", b"poison", b"well"):
         await client.jetstream().publish(SNAPSHOT_DUE, payload)
-    codes = []
+    codes: list[int] = []
     while not codes or codes[-1]:
         assert len(codes) < 8, codes
         process = await asyncio.create_subprocess_exec(
@@ -192,7 +192,7 @@ async def test_waiting_for_the_database_is_no_delivery_and_the_slot_is_taken_the
     before = postponed._value.get()
 
     async def has_waited_for_longer_than_the_ack_wait() -> bool:
-        return postponed._value.get() >= before + 7
+        return bool(postponed._value.get() >= before + 7)
 
     with capture_logs() as logs:
         async with snapshotter(database, bus, ack_wait_seconds=6, troubles=troubles):
@@ -353,7 +353,7 @@ async def test_consumer_of_the_version_before_is_bounded(
 
         async def is_bounded() -> bool:
             info = await client.jetstream().consumer_info(TIMER.name, snapshots.CONSUMER)
-            return info.config.max_deliver == SERVER_DELIVERIES_MAX
+            return bool(info.config.max_deliver == SERVER_DELIVERIES_MAX)
 
         await eventually(is_bounded)
 
