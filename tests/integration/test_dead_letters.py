@@ -14,6 +14,7 @@ import nats
 import pytest
 from nats.aio.client import Client
 from nats.js.api import AckPolicy, ConsumerConfig
+from nats.js.errors import NotFoundError
 from structlog.testing import capture_logs
 
 from services.snapshotter import snapshots, timer
@@ -83,7 +84,10 @@ async def unanswered(client: Client, durable: str = snapshots.CONSUMER) -> int:
 
 def all_answered(client: Client, durable: str = snapshots.CONSUMER) -> Callable[[], Awaitable[bool]]:
     async def look() -> bool:
-        return await unanswered(client, durable) == 0
+        try:
+            return await unanswered(client, durable) == 0
+        except NotFoundError:  # nobody consumes yet
+            return False
 
     return look
 
@@ -353,6 +357,7 @@ async def test_consumer_of_the_version_before_is_bounded(
 
         async def is_bounded() -> bool:
             info = await client.jetstream().consumer_info(TIMER.name, snapshots.CONSUMER)
+            assert info.config is not None
             return bool(info.config.max_deliver == SERVER_DELIVERIES_MAX)
 
         await eventually(is_bounded)
