@@ -70,7 +70,8 @@ async def check_dead_letters(bus: Bus) -> health.Note | None:
     """Tell of messages that wait for an operator."""
     if not bus.dead_letters_kept:
         return None
-    return health.Note(f"{bus.dead_letters_kept} dead letters: `admin dead-letters` lists them")
+    letters = "dead letter" if bus.dead_letters_kept == 1 else "dead letters"
+    return health.Note(f"{bus.dead_letters_kept} {letters}: `admin dead-letters` lists what was put aside")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ None of it makes the service unready: it does what can be done, and says what ca
 """
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from itertools import count
 
@@ -16,8 +17,9 @@ SHOWN_MAX = 5
 class Troubles:
     """Troubles that have begun and not ended, and those that happened in the last two intervals."""
 
-    def __init__(self, interval: timedelta) -> None:
+    def __init__(self, interval: timedelta, clock: Callable[[], float] = time.monotonic) -> None:
         self._remembered_seconds = max(2 * interval.total_seconds(), REMEMBERED_SECONDS_MIN)
+        self._clock = clock
         self._numbers = count()
         self._lasting: dict[str | int, str] = {}
         self._happened: dict[str, tuple[str, float]] = {}
@@ -35,11 +37,11 @@ class Troubles:
 
     def happened(self, kind: str, text: str) -> None:
         """Note what is over already; of each kind the last is said, for a while."""
-        self._happened[kind] = text, time.monotonic()
+        self._happened[kind] = text, self._clock()
 
     async def check(self) -> Note | None:
         """Return in one line what is wrong, for readiness."""
-        now = time.monotonic()
+        now = self._clock()
         lately = [text for text, at in self._happened.values() if now - at < self._remembered_seconds]
         told = [*dict.fromkeys(self._lasting.values()), *lately]
         if not told:
