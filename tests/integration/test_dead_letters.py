@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import nats
@@ -20,6 +21,7 @@ from structlog.testing import capture_logs
 from services.snapshotter import snapshots, timer
 from services.snapshotter.__main__ import check_dead_letters
 from services.snapshotter.troubles import Troubles
+from shared import database as databases
 from shared.bus import Bus, NotReplayable
 from shared.clock import utc_now
 from shared.database import Database
@@ -222,9 +224,8 @@ async def test_slot_that_waits_is_handed_to_another_replica_at_a_stop(
 ) -> None:
     """The one that stops has lost its database; nothing waits for the minute that the server would."""
     await create_user(database, cash="5")
-    nowhere = database_url.replace("@127.0.0.1:", "@127.0.0.1:1")
-    from shared import database as databases
-
+    parts = urlsplit(database_url)
+    nowhere = urlunsplit(parts._replace(netloc=f"{parts.username}:{parts.password}@127.0.0.1:9"))
     troubles = Troubles(MINUTE)
 
     async def waits() -> bool:
@@ -263,6 +264,22 @@ async def test_message_that_fails_unexpectedly_is_put_aside_with_the_error_and_c
             )
             await eventually(lambda: snapshots_stored(database))
     assert len([line for line in logs if line["event"] == "snapshot_failed"]) == 5
+    assert await bus.dead_letters() == []
+
+
+async def test_process_ends_when_it_fails_whatever_it_is_given(database: Database, bus: Bus) -> None:
+    """Ten failures in a row are no message's fault: its supervisor starts it anew."""
+    await create_user(database, cash="5")
+    await database.fetch(
+        "ALTER TABLE portfolio_snapshots ADD CONSTRAINT never CHECK (total_value < 0) NOT VALID"
+    )
+    now = utc_now()
+    for shard in range(snapshots.FAILURES_IN_A_ROW_MAX):
+        await bus.publish(timer.due(now - timedelta(seconds=shard), 0, 1))
+    with capture_logs(), pytest.raises(ExceptionGroup) as ended:
+        async with asyncio.timeout(60):
+            await snapshots.run(database, bus, MINUTE, asyncio.Event())
+    assert ended.group_contains(asyncpg.CheckViolationError)
     assert await bus.dead_letters() == []
 
 
