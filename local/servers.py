@@ -161,10 +161,10 @@ class NatsNode:
 
 
 @contextmanager
-def nats_node(folder: Path) -> Iterator[NatsNode]:
+def nats_node(folder: Path, options: str = "") -> Iterator[NatsNode]:
     """Run one nats-server with JetStream that can be killed and started again, its data in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    node = NatsNode("foliotick", folder, kept_secret(folder / "password"))
+    node = NatsNode("foliotick", folder, kept_secret(folder / "password"), options)
     node.start()
     try:
         yield node

@@ -4,20 +4,24 @@ import asyncio
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from local.servers import NatsNode, nats_node
+from local.settings import free_port
 from services.snapshotter import timer
 from shared.bus import Bus
 from shared.clock import utc_now
 from shared.messages import TIMER
 from shared.publishing import LATE, LOST, NO_STREAM
 from shared.storing import Storing
+from tests.conftest import ROOT
 from tests.waiting import eventually
 
 DISK_BYTES = 8 * 1024 * 1024
@@ -52,8 +56,47 @@ async def publish(bus: Bus) -> bool:
     return not await bus.publish_all([timer.due(utc_now(), 0, 1)])
 
 
-async def test_full_disk_is_said_until_what_is_published_is_stored_again(small_disk: Path) -> None:
-    with nats_node(small_disk / "nats") as node, capture_logs() as logs:
+class HealthCheck:
+    """The health check of docker-compose.yml, on this machine: with its port, folder and process."""
+
+    def __init__(self, folder: Path, tools: Path) -> None:
+        self.port = free_port()
+        self._folder = folder
+        self._tools = tools
+        # nc as the container has it: it sends what it is told, and prints what comes.
+        (tools / "nc").write_text(
+            f"#!{sys.executable}\nimport socket, sys\n"
+            "with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as connection:\n"
+            "    connection.sendall(sys.stdin.buffer.read())\n"
+            "    sys.stdout.buffer.write(b''.join(iter(lambda: connection.recv(4096), b'')))\n"
+        )
+        (tools / "nc").chmod(0o755)
+
+    def __call__(self, node: NatsNode) -> int:
+        """Run it; return its exit code."""
+        assert node.process is not None
+        compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+        script: str = compose["services"]["nats"]["healthcheck"]["test"][1]
+        changes = {
+            "8222": str(self.port),
+            "/data": str(self._folder),
+            "kill 1": f"kill {node.process.pid}",
+            "65536": "1024",
+            "$$": "$",
+        }
+        for theirs, ours in changes.items():
+            assert theirs in script, theirs
+            script = script.replace(theirs, ours)
+        environment = os.environ | {"PATH": f"{self._tools}:{os.environ['PATH']}"}
+        return subprocess.run(["sh", "-c", script], env=environment, check=False).returncode
+
+
+async def test_full_disk_is_said_until_what_is_published_is_stored_again(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    health_check = HealthCheck(small_disk, tmp_path)
+    options = f'http: "127.0.0.1:{health_check.port}"\n'
+    with nats_node(small_disk / "nats", options) as node, capture_logs() as logs:
         async with Bus(node.url, name="publisher") as bus, Bus(node.url, name="listener") as listener:
             for each in (bus, listener):
                 async with asyncio.timeout(10):
@@ -61,6 +104,7 @@ async def test_full_disk_is_said_until_what_is_published_is_stored_again(small_d
             acknowledged = 0
             assert await publish(bus)
             acknowledged += 1
+            assert health_check(node) == 0
             silent = metric("bus_publishes_unacknowledged_total", stream="TIMER", why="silent")
             filler = fill(small_disk)
 
@@ -81,9 +125,15 @@ async def test_full_disk_is_said_until_what_is_published_is_stored_again(small_d
             assert metric("bus_publishes_unacknowledged_total", stream="TIMER", why="silent") == silent + 3
             assert metric("bus_storing", stream="TIMER") == 0
             await finds_out(node)
+            assert node.process is not None
+            assert health_check(node) == 1
+            assert node.process.poll() is None  # without room a restart would help nobody
             filler.unlink()
-            node.stop()  # as its supervisor does, for the server never writes again to a stream after an error
-            node.start()
+            assert not await publish(bus)  # after an error the server never writes to the stream again
+            assert health_check(node) == 1
+            node.process.wait(timeout=20)
+            node.stop()
+            node.start()  # as the restart policy does
 
             async def is_well() -> bool:
                 return await bus.check() is None and await publish(bus)
