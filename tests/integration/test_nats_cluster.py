@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -186,3 +187,31 @@ async def test_loss_of_the_leader_loses_no_slot_and_nothing_that_was_acknowledge
     last = await client.jetstream(timeout=5).get_last_msg("PRICES", price_subject("AAPL"))
     assert PriceTick.model_validate_json(last.data or b"").sequence == load.acknowledged[-1]
     await leader_of(client, TIMER.name)  # the one that was killed has caught up
+
+
+async def test_service_leaves_its_server_when_that_freezes(cluster: list[NatsNode], client: Client) -> None:
+    """The library alone would stay for 20 to 30 seconds."""
+    async with ready(cluster[0].url, replicas=3) as bus:
+        await leader_of(client, TIMER.name)
+
+        def own_port() -> int | None:
+            url = bus._client.connected_url
+            return url.port if url else None
+
+        port = own_port()
+        own = next(node for node in cluster if node.url.endswith(f":{port}"))
+        assert own.process is not None
+        own.process.send_signal(signal.SIGSTOP)
+        try:
+
+            async def is_elsewhere() -> bool:
+                return bus._client.is_connected and own_port() != port
+
+            await eventually(is_elsewhere, timeout=19)
+
+            async def is_stored() -> bool:
+                return not await bus.publish_all([timer.due(AT, 0, 1)])
+
+            await eventually(is_stored, timeout=60)
+        finally:
+            own.process.send_signal(signal.SIGCONT)
