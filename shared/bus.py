@@ -77,6 +77,7 @@ _ADVICE = {
     "exists without the subject": "another program's stream has our name: rename it, or use a server of our own",
     "replicas > 1 not supported": "NATS_STREAM_REPLICAS is more than 1 and this server is in no cluster",
     "no suitable peers": "NATS_STREAM_REPLICAS is more than the servers that run",
+    "JetStream: nats: timeout": "a cluster may be choosing a leader; if it lasts, see that most of its servers run",
     "slow consumer": "this process does not keep up with what it hears: look at its CPU",
     _MUTE: "nats-server is frozen or cut off: look at its host; nothing that was acknowledged is lost",
 }
@@ -351,7 +352,11 @@ class Bus:
                 subscription = None
                 problem = f"consumer {durable} of {stream.name}: {reason(error)}"
                 if problem != self._consumer_problem and not stop.is_set():
-                    log.warning("bus_consumer_lost", problem=problem)
+                    log.warning(
+                        "bus_consumer_lost",
+                        problem=problem,
+                        advice="it is made again by itself; if it lasts, another program may have one of its name",
+                    )
                 bus_metrics.consumers_lost.labels(durable).inc()
                 self._consumer_problem = problem
                 self._doubtful.set()
