@@ -50,13 +50,18 @@ def _row(numbered: NumberedLetter) -> tuple[str, ...]:
     return (
         str(number),
         instant(letter.put_aside_at),
-        shown(letter.put_aside_by)[1:-1],
-        shown(letter.subject)[1:-1],
+        _plain(letter.put_aside_by),
+        _plain(letter.subject),
         str(letter.deliveries),
         str(letter.size),
         shown(letter.content.decode(errors="replace")),
-        shown(letter.reason)[1:-1],
+        _plain(letter.reason),
     )
+
+
+def _plain(text: str) -> str:
+    """Return the text with nothing in it that a terminal would obey."""
+    return ascii(text)[1:-1]
 
 
 async def _chosen(bus: Bus, number: int | None) -> list[NumberedLetter]:

@@ -413,6 +413,7 @@ async def test_operator_lists_and_discards(
     assert len(rows) == 3
     assert "\x1b" not in listed.output
     assert sum(r"'\x1b[2J{'" in row and f"{SNAPSHOT_DUE} " in row for row in rows) == 1
+    assert sum("malformed: Invalid JSON: " in row and " line 1 column " in row for row in rows) == 1
     assert sum("is no dead letter" in row for row in rows) == 1
     ids = [row.split()[0] for row in rows]
     assert await admin("", "discard-dead-letter", ids[0]) == (0, "1 dead letter discarded\n", "")
