@@ -33,7 +33,7 @@ token: $(LOCAL) ## USER=demo: a bearer token for a user of `make run`
 smoke: $(LOCAL) ## URL=… TOKEN=…: ask a running system what may be wrong with it (default: `make run`'s)
 	@exec $(BIN)/python -m local smoke $(if $(URL),--url '$(URL)') $(if $(TOKEN),--token '$(TOKEN)')
 
-admin: $(LOCAL) ## ARGS="create-user carol --cash 5000": users, cash, positions and tokens of `make run`
+admin: $(LOCAL) ## ARGS="create-user carol --cash 5000": users, cash, positions, tokens and dead letters of `make run`
 	@exec $(BIN)/python -m local admin $(or $(ARGS),--help)
 
 load-demo: $(LOCAL) ## USERS=100 DAYS=90: fill `make run` with users and their history; USERS=0 deletes them

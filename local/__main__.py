@@ -111,7 +111,11 @@ def _administer(loaded: LocalSettings, arguments: Sequence[str]) -> int:
     running = running_system(loaded.folder)
     if running is None:
         return _failed("no local system is running: `make run` starts it")
-    own = {"DATABASE_URL": running.database_url, "JWT_SECRET": kept_secret(loaded.folder / "jwt_secret")}
+    own = {
+        "DATABASE_URL": running.database_url,
+        "NATS_URL": running.nats_url,
+        "JWT_SECRET": kept_secret(loaded.folder / "jwt_secret"),
+    }
     command = [sys.executable, "-m", "services.admin", *arguments]
     return subprocess.run(command, env=service_environment(own), check=False).returncode
 

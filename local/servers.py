@@ -1,4 +1,7 @@
-"""PostgreSQL and nats-server from PyPI's wheels, driven directly, each a child process on 127.0.0.1."""
+"""PostgreSQL and nats-server from PyPI's wheels, driven directly, each a child process on 127.0.0.1.
+
+One NATS server that may be killed and started again, or a cluster of them, is for tests and measurements.
+"""
 
 import importlib.util
 import json
@@ -105,20 +108,105 @@ def nats_server(folder: Path, *, port: int | None = None) -> Iterator[Server]:
     password = kept_secret(folder / "password")
     for old in folder.glob("*.ports"):
         old.unlink()
-    binary = Path(sys.executable).parent / "nats-server"
-    if not binary.exists():
-        raise ServerFailed("nats-server is missing: install requirements/local.txt")
-    command = [str(binary), "-c", str(_NATS_CONFIGURATION), "-a", "127.0.0.1", "-p", str(port or -1)]
+    command = [_nats_binary(), "-c", str(_NATS_CONFIGURATION), "-a", "127.0.0.1", "-p", str(port or -1)]
     command += ["-sd", str(folder), "--ports_file_dir", str(folder)]
-    # In quotes, as the server parses the value: without, one like `-4f` or `12345` ends its start.
-    environment = os.environ | {"NATS_USER": "foliotick", "NATS_PASSWORD": f'"{password}"'}
     log = folder / "nats.log"
-    process = _spawn(command, log, environment)
+    process = _spawn(command, log, _nats_environment(password))
     try:
         port = _nats_port(folder, process, log)
         yield Server("nats-server", f"nats://foliotick:{password}@127.0.0.1:{port}", process, log)
     finally:
         _stop(process, signal.SIGTERM)
+
+
+class NatsNode:
+    """A nats-server that can be killed, and started again with its data on the same port."""
+
+    def __init__(self, name: str, folder: Path, password: str, options: str = "") -> None:
+        """Take `options` into the configuration, beside those of the project."""
+        self.name = name
+        self.log = folder / "nats.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self._port = free_port()
+        self.url = f"nats://foliotick:{password}@127.0.0.1:{self._port}"
+        self._environment = _nats_environment(password)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._configuration = folder / "nats.conf"
+        project = os.path.relpath(_NATS_CONFIGURATION, folder)  # what is included is looked for from here
+        self._configuration.write_text(
+            f'include "{project}"\nserver_name: {name}\nlisten: "127.0.0.1:{self._port}"\n{options}'
+        )
+        self._folder = folder
+
+    def start(self) -> None:
+        """Start, and wait until clients are let in; a cluster may still have to choose its leaders."""
+        assert self.process is None
+        command = [_nats_binary(), "-c", str(self._configuration), "-sd", str(self._folder)]
+        process = _spawn(command, self.log, self._environment)
+        if not _accepts(self._port, process):
+            _stop(process, signal.SIGTERM)
+            raise ServerFailed(f"{self.name} did not start: {_last_line(self.log)} (log: {self.log})")
+        self.process = process
+
+    def kill(self) -> None:
+        """End it without warning, as a crash does."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def stop(self) -> None:
+        """Ask it to end."""
+        if self.process is not None:
+            _stop(self.process, signal.SIGTERM)
+            self.process = None
+
+
+@contextmanager
+def nats_node(folder: Path, options: str = "") -> Iterator[NatsNode]:
+    """Run one nats-server with JetStream that can be killed and started again, its data in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    node = NatsNode("foliotick", folder, kept_secret(folder / "password"), options)
+    node.start()
+    try:
+        yield node
+    finally:
+        node.stop()
+
+
+@contextmanager
+def nats_cluster(folder: Path, nodes: int = 3) -> Iterator[list[NatsNode]]:
+    """Run a cluster of nats-servers with JetStream, each with its data and log in a folder of its own.
+
+    The servers find each other's clients' addresses by themselves; a client that is given one of them learns of all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    password = kept_secret(folder / "password")
+    routes_password = kept_secret(folder / "routes_password")
+    ports = [free_port() for _ in range(nodes)]
+    routes = ", ".join(f'"nats://route:{routes_password}@127.0.0.1:{port}"' for port in ports)
+    cluster = [
+        NatsNode(
+            f"node-{number}",
+            folder / f"node-{number}",
+            password,
+            f"""cluster {{
+  name: foliotick
+  listen: "127.0.0.1:{port}"
+  authorization {{ user: route, password: "{routes_password}" }}
+  routes: [{routes}]
+}}
+""",
+        )
+        for number, port in enumerate(ports)
+    ]
+    try:
+        for node in cluster:
+            node.start()
+        yield cluster
+    finally:
+        for node in cluster:
+            node.stop()
 
 
 # ---- PostgreSQL ----------------------------------------------------------------------------------
@@ -246,6 +334,18 @@ def _accepts(port: int, process: subprocess.Popen[bytes]) -> bool:
 
 
 # ---- nats-server ---------------------------------------------------------------------------------
+
+
+def _nats_binary() -> str:
+    binary = Path(sys.executable).parent / "nats-server"
+    if not binary.exists():
+        raise ServerFailed("nats-server is missing: install requirements/local.txt")
+    return str(binary)
+
+
+def _nats_environment(password: str) -> dict[str, str]:
+    """In quotes, as the server parses the value: without, one like `-4f` or `12345` ends its start."""
+    return os.environ | {"NATS_USER": "foliotick", "NATS_PASSWORD": f'"{password}"'}
 
 
 def _nats_port(folder: Path, process: subprocess.Popen[bytes], log: Path) -> int:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _OWN = (
     "DATABASE_URL",
     "NATS_URL",
+    "NATS_STREAM_REPLICAS",
     "JWT_SECRET",
     "JWT_JWKS_URL",
     "JWT_ISSUER",

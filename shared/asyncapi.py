@@ -27,6 +27,7 @@ from shared.messages import (
     STREAMS,
     AssetClass,
     CurrentPrice,
+    DeadLetter,
     FeedState,
     FeedStatus,
     Message,
@@ -35,6 +36,7 @@ from shared.messages import (
     PricesReply,
     PricesRequested,
     PriceTick,
+    Probe,
     RefreshRequested,
     SnapshotDue,
     SnapshotRequested,
@@ -112,6 +114,17 @@ EXAMPLES: tuple[Message, ...] = (
         unpriced_positions=0,
         simulated=False,
     ),
+    DeadLetter(
+        subject=SNAPSHOT_DUE,
+        payload="eyJzY2hlZHVsZWRfYXQiOiAieWVzdGVyZGF5In0=",
+        size=29,
+        reason="malformed: Input should be a valid datetime or date",
+        deliveries=1,
+        published_at=_SLOT,
+        put_aside_at=_SLOT + timedelta(seconds=1),
+        put_aside_by="snapshotter",
+    ),
+    Probe(probed_at=_SLOT, filler="-" * 16),
     StreamTicket(
         subject="demo",
         ticket_expires_at=_SLOT + timedelta(seconds=30),
@@ -249,6 +262,28 @@ CHANNELS = (
         parameters={"digest": {"description": "A digest of the ticket, which itself is on no bus."}},
         internal=True,
     ),
+    Channel(
+        "dead_letters",
+        "dead_letters.v1.{consumer}",
+        DeadLetter,
+        "Messages that could not be handled",
+        "Kept for 30 days, the newest 1,000, at most 32 MB. Published once for a message, before the message itself is "
+        "given up: at once when it is malformed, else after five deliveries that nobody answered. For an operator: "
+        "`admin dead-letters` lists them, `admin replay-dead-letter` publishes one again.",
+        sends="snapshotter",
+        message_id="<stream>/<its number there>/<when it was published>",
+        parameters={"consumer": {"description": "Whose consumer put it aside.", "examples": ["snapshotter"]}},
+    ),
+    Channel(
+        "probes",
+        "probes.v1.{service}",
+        Probe,
+        "Whether JetStream stores",
+        "Kept: the last one of each service. Published every 30 seconds, and each second while something is not "
+        "acknowledged. Only the acknowledgement matters.",
+        parameters={"service": {"description": "The name under which a service connects."}},
+        internal=True,
+    ),
 )
 
 
@@ -376,6 +411,8 @@ def _kept(stream: Stream) -> _Node:
         kept["persist_mode"] = "async"
     if stream.messages_per_subject:
         kept["max_msgs_per_subject"] = stream.messages_per_subject
+    if stream.messages_max:
+        kept["max_msgs"] = stream.messages_max
     if stream.max_age:
         kept["max_age_seconds"] = int(stream.max_age.total_seconds())
     return kept

@@ -1,13 +1,14 @@
 """NATS: one connection that heals for ever; publishing, consuming, listening, asking and answering over it.
 
-All that speaks with NATS is here and in the modules just below: `publishing`, `requests`, `streams` and `inbox`.
+All that speaks with NATS is here and in the modules just below: `publishing`, `deliveries`, `dead_letters`,
+`requests`, `streams` and `inbox`.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import nats.errors
@@ -17,19 +18,25 @@ from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig
 from nats.js.client import JetStreamContext as _Context
 
-from shared import clock, logs, requests, streams
+from shared import bus_metrics, clock, dead_letters, logs, requests, streams
 from shared.bus_failures import FAILURES, BusUnavailable, reason
+from shared.dead_letters import NotReplayable, NumberedLetter
+from shared.deliveries import DELIVERIES_MAX, SERVER_DELIVERIES_MAX, Delivery
 from shared.inbox import Inbox
-from shared.messages import STREAMS, Message, Stream
+from shared.messages import DEAD_LETTERS, STREAMS, Message, Probe, Stream, probe_subject
 from shared.publishing import PUBLISH_TIMEOUT_SECONDS, Outgoing, Publisher
 from shared.requests import Refused, Reply, Unanswered
-from shared.streams import StreamUnfit
+from shared.storing import Storing, count_unacknowledged
+from shared.streams import Found, StreamUnfit
 
 __all__ = [  # all that a service needs of NATS comes from here
+    "DELIVERIES_MAX",
     "Bus",
     "BusUnavailable",
     "Delivery",
     "Listener",
+    "NotReplayable",
+    "NumberedLetter",
     "Outgoing",
     "Refused",
     "StreamUnfit",
@@ -54,42 +61,31 @@ LISTEN_ANSWER_SECONDS_MAX = 2.0
 LISTEN_WAITING_MAX = 65_536
 LISTEN_WAITING_BYTES_MAX = 16 * 1024 * 1024
 
+ECHO_EVERY_SECONDS = 1.0
+ECHO_WAIT_SECONDS = 2.0
+ECHO_AFTER_FAILURE_SECONDS = 1.0
+ECHOES_MISSED_MAX = 2
+"""A server that misses so many is said to be mute after six seconds; the pings take up to 30 to give it up."""
+
 _NOT_CONNECTED = "not connected"
+_MUTE = "the server does not answer"
 
+_ADVICE = {
+    "uthorization": "NATS_URL must have the user and password of nats-server",
+    "ermissions": "the user in NATS_URL may not use a subject: see the server's authorization",
+    "Connect call failed": "nothing listens there: is nats-server up, and NATS_URL its address?",
+    "Connection refused": "nothing listens there: is nats-server up, and NATS_URL its address?",
+    "JetStream not enabled": "start nats-server with a configuration that has `jetstream`, as ops/nats.conf",
+    "exists without the subject": "another program's stream has our name: rename it, or use a server of our own",
+    "replicas > 1 not supported": "NATS_STREAM_REPLICAS is more than 1 and this server is in no cluster",
+    "no suitable peers": "NATS_STREAM_REPLICAS is more than the servers that run",
+    "JetStream: nats: timeout": "a cluster may be choosing a leader; if it lasts, see that most of its servers run",
+    "slow consumer": "this process does not keep up with what it hears: look at its CPU",
+    _MUTE: "nats-server is frozen or cut off: look at its host; nothing that was acknowledged is lost",
+}
+
+T = TypeVar("T")
 log = logs.get_logger()
-
-
-class Delivery:
-    """A message that a durable consumer delivered; it comes again unless acknowledged in time."""
-
-    def __init__(self, received: Msg) -> None:
-        self._received = received
-        self.payload: bytes = received.data
-        self.deliveries: int = received.metadata.num_delivered or 1
-
-    async def acknowledge(self) -> None:
-        """Say that the work is done and committed."""
-        await self._answer(self._received.ack)
-
-    async def postpone(self, delay_seconds: float) -> None:
-        """Ask for the message again after `delay_seconds`."""
-        await self._answer(lambda: self._received.nak(delay=delay_seconds))
-
-    async def discard(self) -> None:
-        """Say that the message can never be handled."""
-        await self._answer(self._received.term)
-
-    async def keep_alive(self, every_seconds: float) -> None:
-        """Tell the server, until cancelled, that the work goes on, so that no other replica is given it."""
-        while True:
-            await asyncio.sleep(every_seconds)
-            await self._answer(self._received.in_progress)
-
-    async def _answer(self, answer: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await answer()
-        except FAILURES as error:  # the message will be delivered again, which must be harmless
-            log.warning("bus_answer_failed", error=reason(error))
 
 
 class Listener(Protocol):
@@ -134,10 +130,14 @@ class Bus:
     Use as an async context manager; entering does not wait for the server. `check()` tells whether it is there.
     """
 
-    def __init__(self, url: str, *, name: str, owned: Iterable[Stream] = ()) -> None:
-        """Take the streams of which this service says how much is kept as `owned`, in place of those in `STREAMS`."""
+    def __init__(self, url: str, *, name: str, owned: Iterable[Stream] = (), replicas: int = 1) -> None:
+        """Take the streams of which this service says how much is kept as `owned`, in place of those in `STREAMS`.
+
+        Each stream is kept by at least `replicas` of the servers.
+        """
         self._servers, self._credentials = _servers_and_credentials(url)
         self._name = name
+        self._replicas = replicas
         self._owned = {stream.name: stream for stream in owned}
         self._client = Client()
         self._inbox: Inbox | None = None
@@ -149,23 +149,33 @@ class Bus:
         self._closing = False
         self._problem = _NOT_CONNECTED
         self._consumer_problem: str | None = None
+        self._is_mute = False
+        self._storing = Storing()
         self._said: set[str] = set()
         self._ears: set[_Ear] = set()
         self._keeping: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self.dead_letters_kept = 0
+        """How many there are, as of the last look."""
         self.streams_found = 0
         """Grows with every connection and whenever a stream was made anew: what was in it may be lost."""
 
     async def __aenter__(self) -> Self:
+        bus_metrics.connected.set(0)
         self._keeping = asyncio.create_task(self._keep_connected())
+        self._watching = asyncio.create_task(self._watch())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         assert self._keeping is not None
+        assert self._watching is not None
         self._closing = True
-        while not self._keeping.done():  # a wait_for that ends at the same moment swallows the cancellation
-            self._keeping.cancel()
-            await asyncio.wait({self._keeping}, timeout=CANCEL_PAUSE_SECONDS)
-        await asyncio.gather(self._keeping, return_exceptions=True)
+        tasks = {self._keeping, self._watching}
+        while not all(task.done() for task in tasks):
+            for task in tasks:  # a wait_for that ends at the same moment swallows the cancellation
+                task.cancel()
+            await asyncio.wait(tasks, timeout=CANCEL_PAUSE_SECONDS)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._js is None:  # never connected: the library has nothing to close
             return
         try:
@@ -175,8 +185,13 @@ class Bus:
             log.warning("bus_close_failed", error=reason(error))
 
     async def check(self) -> str | None:
-        """Return None when NATS, the streams and our consumer are there, else why not. For readiness."""
-        return self._consumer_problem if self._is_usable() else self._problem
+        """Return None when NATS, the streams and our consumer are there, else why not. For readiness.
+
+        What JetStream does not acknowledge is said until it does.
+        """
+        if not self._is_usable():
+            return self._problem
+        return (_MUTE if self._is_mute else None) or self._consumer_problem or self._storing.problem
 
     async def wait_until_ready(self, stop: asyncio.Event) -> bool:
         """Wait until the bus can be used or `stop` is set; tell whether it can be used."""
@@ -188,8 +203,10 @@ class Bus:
 
     def _is_usable(self) -> bool:
         assert self._keeping is not None
-        if self._keeping.done() and not self._closing:
-            self._keeping.result()  # it ends by a bug alone, which must not stay unseen
+        assert self._watching is not None
+        for task in (self._keeping, self._watching):
+            if task.done() and not self._closing:
+                task.result()  # it ends by a bug alone, which must not stay unseen
         return self._client.is_connected and self._streams_made_at is not None
 
     async def publish(self, outgoing: Outgoing) -> None:
@@ -204,11 +221,17 @@ class Bus:
         A message without one may have been stored all the same. Fails when nothing of the batch was acknowledged for
         PUBLISH_TIMEOUT_SECONDS, or at once when the connection is lost.
         """
+        messages = list(batch)
         if self._publisher is None or not self._client.is_connected:
-            return [(outgoing, self._problem) for outgoing in batch]
-        failed = await self._publisher.publish_all(batch)
+            failed = [(outgoing, self._problem) for outgoing in messages]
+            count_unacknowledged(failed, lost=True)
+            return failed
+        failed = await self._publisher.publish_all(messages)
+        count_unacknowledged(failed)
         if failed:
             self._doubtful.set()  # the streams may have gone with the server's disk
+        if not failed or await self._is_heard():
+            self._storing.note(messages, failed)
         return failed
 
     async def put(self, stream: Stream, subject: str, message: Message) -> None:
@@ -221,10 +244,11 @@ class Bus:
         if not self._client.is_connected:
             raise BusUnavailable(self._problem)
         try:
-            return await streams.read_last(self._client, stream, subject)
+            stored = await streams.read_last(self._client, stream, subject)
         except FAILURES as error:
             self._doubtful.set()
             raise BusUnavailable(reason(error)) from error
+        return stored.payload if stored else None
 
     async def take(self, stream: Stream, subject: str) -> bytes | None:
         """Delete the last message that was put on `subject` and return its payload; of many takers one gets it.
@@ -288,12 +312,41 @@ class Bus:
         finally:
             await responder.finish()
 
+    async def dead_letters(self) -> list[NumberedLetter]:
+        """Return all dead letters, the oldest first; raises BusUnavailable."""
+        return await self._ask_streams(dead_letters.listed(self._client))
+
+    async def dead_letter(self, number: int) -> NumberedLetter | None:
+        """Return a dead letter by its number; raises BusUnavailable."""
+        return await self._ask_streams(dead_letters.found(self._client, number))
+
+    async def replay(self, letter: NumberedLetter) -> None:
+        """Publish a dead letter's message as it was, then delete the letter; raises NotReplayable or BusUnavailable."""
+        await self._ask_streams(dead_letters.replay(self._client, self.publish, letter))
+
+    async def discard(self, number: int) -> bool:
+        """Delete a dead letter; tell whether it was there. Raises BusUnavailable."""
+        return await self._ask_streams(dead_letters.discard(self._client, number))
+
+    async def _ask_streams(self, question: Coroutine[Any, Any, T]) -> T:
+        try:
+            return await question
+        except FAILURES as error:
+            raise BusUnavailable(reason(error)) from error
+
     async def consume(
-        self, stream: Stream, *, durable: str, ack_wait_seconds: float, stop: asyncio.Event
+        self,
+        stream: Stream,
+        *,
+        durable: str,
+        ack_wait_seconds: float,
+        stop: asyncio.Event,
+        deliveries_max: int = DELIVERIES_MAX,
     ) -> AsyncIterator[Delivery]:
         """Yield the stream's messages one at a time, shared with all consumers of the same name, until `stop`.
 
-        Survives a server that restarts, freezes or loses its disk: the consumer is made again.
+        Survives a server that restarts, freezes or loses its disk: the consumer is made again. A message that was
+        delivered `deliveries_max` times and not answered is put aside as a dead letter instead.
         """
         assert len(stream.subjects) == 1
         subscription: _Context.PullSubscription | None = None
@@ -312,13 +365,31 @@ class Bus:
                 subscription = None
                 problem = f"consumer {durable} of {stream.name}: {reason(error)}"
                 if problem != self._consumer_problem and not stop.is_set():
-                    log.warning("bus_consumer_lost", problem=problem)
+                    log.warning(
+                        "bus_consumer_lost",
+                        problem=problem,
+                        advice="it is made again by itself; if it lasts, another program may have one of its name",
+                    )
+                bus_metrics.consumers_lost.labels(durable).inc()
                 self._consumer_problem = problem
                 self._doubtful.set()
                 await clock.wait_for_stop(stop, FAILURE_PAUSE_SECONDS)
                 continue
             for message in messages:
-                yield Delivery(message)
+                delivery = Delivery(message, self._keep_letter, service=self._name, consumer=durable)
+                if delivery.deliveries > 1:
+                    bus_metrics.redeliveries.labels(durable).inc()
+                if delivery.deliveries > deliveries_max:
+                    await delivery.put_aside(
+                        f"it was delivered {deliveries_max} times and never answered: what had it died or gave it back",
+                        stop,
+                    )
+                else:
+                    yield delivery
+
+    async def _keep_letter(self, letter: Outgoing) -> None:
+        await self.publish(letter)
+        self._doubtful.set()  # so that it is counted
 
     async def _subscribe(
         self, stream: Stream, durable: str, ack_wait_seconds: float
@@ -328,7 +399,7 @@ class Bus:
             durable_name=durable,
             ack_policy=AckPolicy.EXPLICIT,
             ack_wait=ack_wait_seconds,
-            max_deliver=-1,
+            max_deliver=SERVER_DELIVERIES_MAX,
             filter_subject=stream.subjects[0],
         )
         await self._js.add_consumer(stream.name, config=config)
@@ -442,6 +513,8 @@ class Bus:
                 self._inbox, self._publisher = inbox, Publisher(self._client, inbox)
                 self._js = self._client.jetstream(timeout=PUBLISH_TIMEOUT_SECONDS)
                 log.info("bus_connected")
+                bus_metrics.connected.set(1)
+                self._storing.forget()
                 await self._keep_streams()
             except FAILURES as error:
                 await self._on_error(error)
@@ -454,8 +527,8 @@ class Bus:
         self.streams_found += 1
         while not self._closed.is_set():
             self._doubtful.clear()
-            found = await self._find_streams()
-            pause = STREAMS_CHECK_SECONDS if found else FAILURE_PAUSE_SECONDS
+            is_well = await self._find_streams() and await self._probe()
+            pause = STREAMS_CHECK_SECONDS if is_well else FAILURE_PAUSE_SECONDS
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._doubtful.wait()
@@ -464,21 +537,70 @@ class Bus:
     async def _find_streams(self) -> bool:
         """Find or create the streams, and bring up to date what is ours of them."""
         try:
-            made_at = [
-                await streams.find_stream(
-                    self._client, self._owned.get(stream.name, stream), owned=stream.name in self._owned
-                )
-                for stream in STREAMS
-            ]
+            found = {stream.name: await self._find_stream(stream) for stream in STREAMS}
         except (*FAILURES, StreamUnfit) as error:
             self._say_problem(f"JetStream: {reason(error)}")
             self._streams_made_at = None
             return False
+        made_at = [stream.made_at for stream in found.values()]
         if self._streams_made_at not in (None, made_at):
             self.streams_found += 1
         self._streams_made_at = made_at
+        self.dead_letters_kept = found[DEAD_LETTERS.name].messages
+        bus_metrics.dead_letters_kept.set(self.dead_letters_kept)
         self._said.clear()
         return True
+
+    async def _find_stream(self, stream: Stream) -> Found:
+        return await streams.find_stream(
+            self._client,
+            self._owned.get(stream.name, stream),
+            owned=stream.name in self._owned,
+            replicas=self._replicas,
+        )
+
+    async def _probe(self) -> bool:
+        """See whether something is stored; who publishes seldom, or never, would not know."""
+        probe = Outgoing(probe_subject(self._name), Probe(probed_at=clock.utc_now()))
+        assert self._publisher is not None
+        failed = await self._publisher.publish_all([probe])
+        if not failed or await self._is_heard():
+            self._storing.note([probe], failed)
+        return not failed
+
+    async def _is_heard(self) -> bool:
+        """Tell whether the server answers at all: what one that is frozen does not store says nothing of its disk."""
+        client, inbox = self._client, self._inbox
+        if inbox is None or not client.is_connected:
+            return False
+        return await requests.hears_itself(client, inbox, timeout_seconds=ECHO_AFTER_FAILURE_SECONDS)
+
+    async def _watch(self) -> None:
+        """Notice a server that does not answer, as one that is frozen, before the library's pings do.
+
+        One of a cluster is left for another. A single one is waited for: once it goes on, so does the connection.
+        """
+        missed = 0
+        while True:
+            await asyncio.sleep(ECHO_EVERY_SECONDS)
+            client, inbox = self._client, self._inbox
+            if inbox is None or not client.is_connected:
+                missed, self._is_mute = 0, False
+                continue
+            if await requests.hears_itself(client, inbox, timeout_seconds=ECHO_WAIT_SECONDS):
+                if self._is_mute:
+                    log.info("bus_answers_again")
+                    self._storing.forget()
+                    self._doubtful.set()
+                missed, self._is_mute = 0, False
+                continue
+            missed += 1
+            if missed < ECHOES_MISSED_MAX or not client.is_connected:
+                continue
+            self._is_mute = True
+            self._say_problem(_MUTE)
+            if len(client.servers) > 1:
+                await client.force_reconnect()
 
     async def _on_error(self, error: Exception) -> None:
         if isinstance(error, nats.errors.SlowConsumerError):
@@ -495,16 +617,21 @@ class Bus:
             ear.lose()
 
     async def _on_closed(self) -> None:
+        bus_metrics.connected.set(0)
         self._lose_connection()
         self._closed.set()
         self._doubtful.set()
 
     async def _on_disconnected(self) -> None:
+        bus_metrics.connected.set(0)
         self._lose_connection()
         self._say_problem("connection lost")
 
     async def _on_reconnected(self) -> None:
         log.info("bus_reconnected")
+        bus_metrics.connected.set(1)
+        bus_metrics.reconnects.inc()
+        self._storing.forget()
         self._problem = _NOT_CONNECTED
         self.streams_found += 1
         self._doubtful.set()
@@ -512,10 +639,19 @@ class Bus:
     def _say_problem(self, problem: str) -> None:
         """Log each problem once until all is well again; a refused password outlasts the resets that follow it."""
         if problem not in self._said and not self._closing and len(self._said) < PROBLEMS_SAID_MAX:
-            log.warning("bus_problem", problem=problem)
+            log.warning("bus_problem", problem=problem, **_advice(problem))
+            bus_metrics.problems.inc()
             self._said.add(problem)
         if "uthorization" not in self._problem or "uthorization" in problem:
             self._problem = problem
+
+
+def _advice(problem: str) -> dict[str, str]:
+    """Say what to do about a problem, where that is known."""
+    for sign, advice in _ADVICE.items():
+        if sign in problem:
+            return {"advice": advice}
+    return {}
 
 
 def _servers_and_credentials(url: str) -> tuple[list[str], dict[str, Any]]:

@@ -5,11 +5,20 @@ A breaking change is a new version, served side by side with this one.
 """
 
 import re
+from base64 import b64decode
 from datetime import timedelta
 from enum import StrEnum
 from typing import Annotated, NamedTuple, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from shared.money import Money, Price
 
@@ -39,6 +48,8 @@ PRICES_CONFIRMED = "feed.v1.confirmed"
 PRICES_REQUESTED = "feed.v1.prices_requested"
 REFRESH_REQUESTED = "feed.v1.refresh_requested"
 ALL_TICKETS = "gateway.v1.tickets.*"
+ALL_DEAD_LETTERS = "dead_letters.v1.*"
+ALL_PROBES = "probes.v1.*"
 
 
 def price_subject(symbol: str) -> str:
@@ -49,6 +60,16 @@ def price_subject(symbol: str) -> str:
 def ticket_subject(digest: str) -> str:
     """Return the subject of a ticket that a gateway gave out; `digest` is one token."""
     return f"gateway.v1.tickets.{digest}"
+
+
+def dead_letter_subject(consumer: str) -> str:
+    """Return the subject of the messages that a consumer has put aside."""
+    return f"dead_letters.v1.{consumer}"
+
+
+def probe_subject(service: str) -> str:
+    """Return the subject on which a service looks whether JetStream stores what it is told."""
+    return f"probes.v1.{service}"
 
 
 def symbol_token(symbol: str) -> str:
@@ -222,6 +243,50 @@ class StreamTicket(Message):
     token_expires_at: AwareDatetime = Field(description="When the stream ends.")
 
 
+class DeadLetter(Message):
+    """A message that could not be handled and was put aside. On `dead_letters.v1.<consumer>`, for an operator.
+
+    `admin dead-letters` lists them, `admin replay-dead-letter` publishes one again as it was.
+    """
+
+    subject: str = Field(description="Where the message was published.")
+    payload: str = Field(description="What it said, in base64; of a message that is too large the beginning.")
+    size: int = Field(ge=0, description="Bytes of the message; more than the payload has when that was cut.")
+    reason: str = Field(description="Why it could not be handled, for a person.")
+    deliveries: int = Field(ge=1, description="How often it was delivered.")
+    published_at: AwareDatetime = Field(description="When it was published.")
+    put_aside_at: AwareDatetime = Field(description="When it was put aside.")
+    put_aside_by: str = Field(description="The service that did.")
+
+    @field_validator("payload")
+    @classmethod
+    def _is_base64(cls, text: str) -> str:
+        b64decode(text, validate=True)  # its error is a ValueError
+        return text
+
+    @property
+    def content(self) -> bytes:
+        """What the message said, or the beginning of it."""
+        return b64decode(self.payload)
+
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether all of the message is here, so that it can be published again."""
+        return len(self.content) == self.size
+
+
+PROBE_BYTES = 4096
+
+
+class Probe(Message):
+    """A service looks whether JetStream stores what it is told. On `probes.v1.<service>`, last value kept."""
+
+    probed_at: AwareDatetime = Field(description="When the service looked.")
+    filler: str = Field(
+        default="-" * PROBE_BYTES, description="As much as a disk gives at once, so that it needs room."
+    )
+
+
 # ---- streams -------------------------------------------------------------------------------------
 
 
@@ -236,6 +301,9 @@ class Stream(NamedTuple):
     in_memory: bool = False
     bytes_max: int | None = None
     """A stream that has reached it refuses what would make it larger; a subject that has all it may keep goes on."""
+    discards_oldest: bool = False
+    """A stream that has reached its bounds discards its oldest messages instead."""
+    messages_max: int | None = None
     recoverable: bool = False
     """What is in it can be published again, so that it need not be on the platter before it is acknowledged."""
 
@@ -262,5 +330,16 @@ FEED = Stream("FEED", (FEED_STATUS, PRICES_CONFIRMED), messages_per_subject=1)
 TIMER = Stream("TIMER", (SNAPSHOT_DUE,), max_age=timedelta(days=2))
 PORTFOLIO = Stream("PORTFOLIO", (SNAPSHOTS_TAKEN, REQUESTED_SNAPSHOT_TAKEN), max_age=timedelta(days=7))
 TICKETS = Stream("TICKETS", (ALL_TICKETS,), max_age=timedelta(minutes=1), in_memory=True)
+DEAD_LETTER_PAYLOAD_BYTES_MAX = 64 * 1024
+"""So that a letter, with its payload in base64, is far below what the server takes (256 KB)."""
+DEAD_LETTERS = Stream(
+    "DEAD_LETTERS",
+    (ALL_DEAD_LETTERS,),
+    max_age=timedelta(days=30),
+    messages_max=1000,
+    bytes_max=32 * 1024 * 1024,
+    discards_oldest=True,
+)
+PROBES = Stream("PROBES", (ALL_PROBES,), messages_per_subject=1)
 
-STREAMS = (PRICES, FEED, TIMER, PORTFOLIO, TICKETS)
+STREAMS = (PRICES, FEED, TIMER, PORTFOLIO, TICKETS, DEAD_LETTERS, PROBES)

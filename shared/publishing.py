@@ -20,8 +20,9 @@ PUBLISHES_IN_FLIGHT_MAX = 256
 SENT_AT_ONCE = 32
 """After so many messages what is ready is written: the first must not wait until all are."""
 
-_LOST = "connection lost"
-_LATE = "no acknowledgement came in time"
+LOST = "connection lost"
+LATE = "no acknowledgement came in time"
+NO_STREAM = "no stream takes the subject"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,15 @@ class Outgoing:
     """A message to publish; `message_id` lets the stream discard a second copy within two minutes."""
 
     subject: str
-    message: Message
+    message: Message | bytes
+    """Bytes are published as they are."""
     message_id: str | None = None
+
+    @property
+    def payload(self) -> bytes:
+        if isinstance(self.message, bytes):
+            return self.message
+        return self.message.model_dump_json().encode()
 
 
 class Publisher:
@@ -50,7 +58,7 @@ class Publisher:
             while batch.unanswered:
                 batch.finished.clear()
                 if not await batch.progresses(batch.finished.wait):
-                    batch.fail(batch.unanswered.values(), _LATE)
+                    batch.fail(batch.unanswered.values(), LATE)
                     break
         finally:
             self._inbox.forget(batch.unanswered)
@@ -62,18 +70,17 @@ class Publisher:
             while self._in_flight >= PUBLISHES_IN_FLIGHT_MAX:
                 self._room.clear()
                 if not await batch.progresses(self._room.wait) and self._in_flight >= PUBLISHES_IN_FLIGHT_MAX:
-                    batch.fail(range(index, len(batch.messages)), _LATE)
+                    batch.fail(range(index, len(batch.messages)), LATE)
                     return
             if not self._client.is_connected:  # the library would keep it, and send it one day
-                batch.fail(range(index, len(batch.messages)), _LOST)
+                batch.fail(range(index, len(batch.messages)), LOST)
                 return
             headers = {"Nats-Msg-Id": outgoing.message_id} if outgoing.message_id else None
-            payload = outgoing.message.model_dump_json().encode()
             reply = self._inbox.expect(batch)
             batch.unanswered[reply] = index
             self._in_flight += 1
             try:
-                await self._client.publish(outgoing.subject, payload, reply=reply, headers=headers)
+                await self._client.publish(outgoing.subject, outgoing.payload, reply=reply, headers=headers)
             except FAILURES as error:
                 self._inbox.forget([reply])
                 batch.close(reply, reason(error))
@@ -98,7 +105,7 @@ class _Batch:
         self._closed = 0
 
     def answered(self, reply: str, answer: Msg | None) -> None:
-        self.close(reply, _LOST if answer is None else _problem(answer))
+        self.close(reply, LOST if answer is None else _problem(answer))
 
     def close(self, reply: str, problem: str | None) -> None:
         """Note what became of a message that was in flight."""
@@ -129,7 +136,7 @@ def _problem(answer: Msg) -> str | None:
     if answer.data.startswith(b'{"stream":') and b'"error"' not in answer.data:
         return None  # as the server writes it: no need to look closer
     if status(answer) == NO_RESPONDERS:
-        return "no stream takes the subject"
+        return NO_STREAM
     try:
         said = json.loads(answer.data)
         error = said.get("error")

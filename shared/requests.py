@@ -101,6 +101,20 @@ async def request(
         raise Unanswered(f"the answer on {subject} is no {reply_type.__name__}: {error}") from error
 
 
+async def hears_itself(client: Client, inbox: Inbox, *, timeout_seconds: float) -> bool:
+    """Say something to ourselves, and tell whether the server brought it back in time."""
+    question = _Question()
+    reply = inbox.expect(question)
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            await client.publish(reply)
+            return await question.answer is not None
+    except FAILURES:
+        return False
+    finally:
+        inbox.forget([reply])
+
+
 def _raise_refusal(answer: Msg) -> None:
     headers = answer.headers or {}
     code = headers.get(ERROR_CODE_HEADER)

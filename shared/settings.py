@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import SplitResult, urlsplit
 from zoneinfo import ZoneInfo
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -92,15 +92,29 @@ class LogSettings(BaseSettings):
         return init_settings, env_settings, _NamedFileSource(settings_cls)
 
 
-class ServiceSettings(LogSettings):
+class BusSettings(LogSettings):
+    """What everybody on the bus has."""
+
+    nats_url: NatsUrl = Field(
+        default=SecretStr("nats://127.0.0.1:4222"),
+        description="NATS with JetStream, `nats://user:password@host:port`; several with commas between.",
+    )
+    nats_stream_replicas: Literal[1, 3, 5] = Field(
+        default=1,
+        description="How many servers of a NATS cluster keep each stream: 1, 3 or 5; the same for all services.",
+    )
+
+    @field_validator("nats_stream_replicas", mode="before")
+    @classmethod
+    def _number(cls, given: object) -> object:
+        return int(given) if isinstance(given, str) and given.isdecimal() else given
+
+
+class ServiceSettings(BusSettings):
     """What every service has: its database, its bus, its health port."""
 
     database_url: DatabaseUrl = Field(
         description="PostgreSQL 16 or later, `postgresql://user:password@host:port/database`."
-    )
-    nats_url: NatsUrl = Field(
-        default=SecretStr("nats://127.0.0.1:4222"),
-        description="NATS with JetStream, `nats://user:password@host:port`; several with commas between.",
     )
     health_host: str = Field(default="0.0.0.0", description="Address that the health port listens on.")  # noqa: S104
 

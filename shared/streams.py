@@ -18,6 +18,7 @@ DUPLICATE_WINDOW = timedelta(minutes=2)
 _NOT_FOUND = 10059
 _NO_MESSAGE = 10037
 _NO_SUCH_SEQUENCE = 10043
+_NOT_DELETED = 10057
 _NO_SUCH_SPACE = frozenset({10002, 10047})
 
 log = logs.get_logger()
@@ -38,33 +39,67 @@ class ApiError(nats.errors.Error):
         super().__init__(f"{error.get('description')} (code {error.get('code')}, {error.get('err_code')})")
         self.err_code = error.get("err_code")
 
+    @property
+    def says_that_nothing_is_there(self) -> bool:
+        """Tell whether the message was not there (any more); a deletion that fails has one code for all its reasons."""
+        if self.err_code == _NOT_DELETED:
+            return "no message found" in str(self)
+        return self.err_code in (_NO_MESSAGE, _NO_SUCH_SEQUENCE)
+
 
 class Found(NamedTuple):
     """A stream as the server has it."""
 
     made_at: str
     configuration: _Configuration
+    messages: int
 
 
-async def find_stream(client: Client, stream: Stream, *, owned: bool) -> str:
-    """Find, make or bring up to date a stream; return when it was made. Raises StreamUnfit.
+class Stored(NamedTuple):
+    """A message of a stream."""
 
-    Subjects that are missing are added. What is kept is changed to what `stream` says when it is `owned`, its size when
-    it has no bound. Everything else stays as it is found: an operator may have changed it. A server that cannot grant
-    the size gives the stream none.
+    sequence: int
+    payload: bytes
+
+
+async def find_stream(client: Client, stream: Stream, *, owned: bool, replicas: int = 1) -> Found:
+    """Find, make or bring up to date a stream; return it as it was found or made. Raises StreamUnfit.
+
+    Subjects that are missing are added, and copies until there are `replicas`. What is kept is changed to what `stream`
+    says when it is `owned`, its size when it has no bound. Everything else stays as it is found: an operator may have
+    changed it. A server that cannot grant the size gives the stream none.
     """
     try:
         found = _found(await _api(client, f"STREAM.INFO.{stream.name}"))
     except ApiError as error:
         if error.err_code != _NOT_FOUND:
             raise
-        found = _found(await _sized(client, f"STREAM.CREATE.{stream.name}", _configuration(stream), stream))
-        log.info("bus_stream_created", stream=stream.name)
-    changes = _changes(found.configuration, stream, owned=owned)
+        return await _made(client, stream, replicas)
+    if _must_be_made_anew(found.configuration, replicas):
+        if owned:
+            await _api(client, f"STREAM.DELETE.{stream.name}")
+            return await _made(client, stream, replicas)
+        replicas = 1  # who publishes it makes it anew
+    changes = _changes(found.configuration, stream, owned=owned, replicas=replicas)
     if changes:
         await _sized(client, f"STREAM.UPDATE.{stream.name}", found.configuration | changes, stream)
         log.info("bus_stream_updated", stream=stream.name, changed=sorted(changes))
-    return found.made_at
+    return found
+
+
+async def _made(client: Client, stream: Stream, replicas: int) -> Found:
+    configuration = _configuration(stream, replicas)
+    found = _found(await _sized(client, f"STREAM.CREATE.{stream.name}", configuration, stream))
+    log.info("bus_stream_created", stream=stream.name, replicas=replicas)
+    return found
+
+
+def _must_be_made_anew(found: _Configuration, replicas: int) -> bool:
+    """Tell whether a stream can have no copies: the server never changes how one is persisted.
+
+    Only what can be published again is persisted so, and it is, as the stream is another one.
+    """
+    return bool(replicas > 1 and found.get("persist_mode") == "async")
 
 
 async def _sized(
@@ -80,35 +115,53 @@ async def _sized(
     return await _api(client, request, configuration | {"max_bytes": -1, "discard": "old"})
 
 
-async def read_last(client: Client, stream: Stream, subject: str) -> bytes | None:
-    """Return the payload of the last message on `subject`; None when there is none."""
+async def read_from(client: Client, stream: Stream, sequence: int) -> Stored | None:
+    """Return the first message whose number in the stream is at least `sequence`; None when there is none."""
+    return await _read(client, stream, {"seq": sequence, "next_by_subj": ">"})
+
+
+async def read_last(client: Client, stream: Stream, subject: str) -> Stored | None:
+    """Return the last message on `subject`; None when there is none."""
+    return await _read(client, stream, {"last_by_subj": subject})
+
+
+async def _read(client: Client, stream: Stream, which: dict[str, Any]) -> Stored | None:
     try:
-        stored = (await _api(client, f"STREAM.MSG.GET.{stream.name}", {"last_by_subj": subject}))["message"]
+        stored = (await _api(client, f"STREAM.MSG.GET.{stream.name}", which))["message"]
     except ApiError as error:
         if error.err_code == _NO_MESSAGE:
             return None
         raise
-    return base64.b64decode(stored.get("data", ""))
+    return Stored(stored["seq"], base64.b64decode(stored.get("data", "")))
+
+
+async def delete(client: Client, stream: Stream, sequence: int) -> bool:
+    """Delete a message by its number; tell whether it was there."""
+    try:
+        await _api(client, f"STREAM.MSG.DELETE.{stream.name}", {"seq": sequence})
+    except ApiError as error:
+        if error.says_that_nothing_is_there:
+            return False
+        raise
+    return True
 
 
 async def take_last(client: Client, stream: Stream, subject: str) -> bytes | None:
     """Delete the last message on `subject` and return it; None when there is none, or another one took it first."""
-    try:
-        stored = (await _api(client, f"STREAM.MSG.GET.{stream.name}", {"last_by_subj": subject}))["message"]
-        await _api(client, f"STREAM.MSG.DELETE.{stream.name}", {"seq": stored["seq"]})
-    except ApiError as error:
-        if error.err_code in (_NO_MESSAGE, _NO_SUCH_SEQUENCE):
-            return None
-        raise
-    return base64.b64decode(stored.get("data", ""))
+    stored = await read_last(client, stream, subject)
+    if stored is None or not await delete(client, stream, stored.sequence):
+        return None
+    return stored.payload
 
 
 def _found(answer: Mapping[str, Any]) -> Found:
-    return Found(answer["created"], answer["config"])
+    return Found(answer["created"], answer["config"], answer["state"]["messages"])
 
 
-def _changes(found: _Configuration, stream: Stream, *, owned: bool) -> _Configuration:
+def _changes(found: _Configuration, stream: Stream, *, owned: bool, replicas: int) -> _Configuration:
     changes: _Configuration = {}
+    if found.get("num_replicas", 1) < replicas:
+        changes["num_replicas"] = replicas
     subjects = found.get("subjects") or []
     missing = [subject for subject in stream.subjects if subject not in subjects]
     if missing:
@@ -131,17 +184,17 @@ def _are_ours(subjects: list[str], stream: Stream) -> bool:
     return bool(subjects) and all(subject.partition(".")[0] in words for subject in subjects)
 
 
-def _configuration(stream: Stream) -> _Configuration:
+def _configuration(stream: Stream, replicas: int) -> _Configuration:
     return {
         "name": stream.name,
         "subjects": [*stream.subjects],
         "storage": "memory" if stream.in_memory else "file",
         "retention": "limits",
         "discard": "old",
-        "num_replicas": 1,
+        "num_replicas": replicas,
         "duplicate_window": _nanoseconds(min(DUPLICATE_WINDOW, stream.max_age or DUPLICATE_WINDOW)),
         "allow_direct": True,
-        **({"persist_mode": "async"} if stream.recoverable else {}),
+        **({"persist_mode": "async"} if stream.recoverable and replicas == 1 else {}),
         **_limits(stream),
         **_size(stream),
     }
@@ -150,13 +203,16 @@ def _configuration(stream: Stream) -> _Configuration:
 def _limits(stream: Stream) -> _Configuration:
     return {
         "max_msgs_per_subject": stream.messages_per_subject or -1,
+        "max_msgs": stream.messages_max or -1,
         "max_age": _nanoseconds(stream.max_age) if stream.max_age else 0,
     }
 
 
 def _size(stream: Stream) -> _Configuration:
-    """Let what is full refuse more: discarding the oldest would take quiet subjects' last values."""
-    return {"max_bytes": stream.bytes_max, "discard": "new"} if stream.bytes_max else {}
+    """Let what is full refuse more where the oldest may be a quiet subject's last value."""
+    if stream.bytes_max is None:
+        return {}
+    return {"max_bytes": stream.bytes_max, "discard": "old" if stream.discards_oldest else "new"}
 
 
 def _nanoseconds(duration: timedelta) -> int:

@@ -9,10 +9,10 @@ from datetime import timedelta
 from pathlib import Path
 
 from services.admin import arguments as command_line
-from services.admin import commands
+from services.admin import commands, dead_letters
 from services.admin.commands import CommandFailed
 from services.admin.portfolio_file import FILE_BYTES_MAX, PortfolioFileError, Position, positions_of
-from services.admin.settings import DatabaseSettings, TokenSettings
+from services.admin.settings import DatabaseSettings, DeadLetterSettings, TokenSettings
 from services.admin.tokens import TokensComeFromElsewhere, minted_token
 from shared import database as databases
 from shared import logs, settings
@@ -44,6 +44,8 @@ def _performed(given: Namespace) -> str:
     if given.command == "mint-token":
         lifetime = timedelta(hours=given.hours)
         return minted_token(settings.load(TokenSettings), given.subject, now=utc_now(), lifetime=lifetime)
+    if given.command in dead_letters.COMMANDS:
+        return asyncio.run(dead_letters.performed(settings.load(DeadLetterSettings), given))
     positions = _positions(_file_name(given))
     loaded = settings.load(DatabaseSettings)
     return asyncio.run(_performed_on_database(loaded.database_url.get_secret_value(), given, positions))

@@ -10,6 +10,7 @@ TOKEN_HOURS_MAX = 24 * 366
 SUBJECT_LENGTH_MAX = 255
 LIMIT_DEFAULT = 1000
 LIMIT_MAX = 1_000_000
+NUMBER_MAX = 10**15
 
 _CSV_HELP = (
     "columns ticker, shares and cost_basis (total paid, US dollars) in any order, named by the first line; "
@@ -20,8 +21,9 @@ _CSV_HELP = (
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="admin",
-        description="Administer users, cash, positions and tokens. Settings come from the environment: "
-        "DATABASE_URL; for mint-token JWT_SECRET, JWT_ISSUER and JWT_AUDIENCE, the same as the gateway's.",
+        description="Administer users, cash, positions, tokens and dead letters. Settings come from the environment: "
+        "DATABASE_URL; for mint-token JWT_SECRET, JWT_ISSUER and JWT_AUDIENCE, the same as the gateway's; for dead "
+        "letters NATS_URL.",
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -71,7 +73,21 @@ def parser() -> argparse.ArgumentParser:
         default=TOKEN_HOURS_DEFAULT,
         help="how long it is valid (%(default)s)",
     )
+
+    command("dead-letters", "list the messages of the bus that could not be handled")
+    for name, text in (
+        ("replay-dead-letter", "publish a dead letter's message again, as it was, and delete the letter"),
+        ("discard-dead-letter", "delete a dead letter, for good"),
+    ):
+        command(name, text).add_argument(
+            "id", metavar="ID|all", type=_letter, help="as dead-letters lists it, or `all`"
+        )
     return root
+
+
+def _letter(text: str) -> int | None:
+    """Return the number of a letter; None for all."""
+    return None if text == "all" else _whole_number(text, NUMBER_MAX)
 
 
 def _subject(text: str) -> str:

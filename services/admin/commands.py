@@ -24,7 +24,7 @@ async def create_user(
         if if_missing:
             return f"user {subject} exists already and was left as it is"
         raise CommandFailed(f"user {subject} exists already")
-    return f"user {subject} created with {cash:.2f} cash and {_counted(len(positions), 'position')}"
+    return f"user {subject} created with {cash:.2f} cash and {counted(len(positions), 'position')}"
 
 
 async def set_cash(database: Database, subject: str, cash: Decimal) -> str:
@@ -42,7 +42,7 @@ async def import_positions(
             raise _unknown(subject)
         imported = await queries.import_positions(connection, user_id, positions, replace=replace)
     counts = ", ".join(f"{count} {what}" for what, count in imported._asdict().items())
-    return f"{_counted(len(positions), 'position')} imported for user {subject}: {counts}"
+    return f"{counted(len(positions), 'position')} imported for user {subject}: {counts}"
 
 
 async def set_active(database: Database, subject: str, *, active: bool) -> str:
@@ -64,16 +64,16 @@ async def show_user(database: Database, subject: str) -> str:
     if user is None:
         raise _unknown(subject)
     holdings = await queries.holdings(database, user.user_id)
-    unpriced = f", {_counted(user.unpriced_positions, 'position')} without a price left out"
+    unpriced = f", {counted(user.unpriced_positions, 'position')} without a price left out"
     lines = [
         f"subject    {user.subject}",
         f"active     {_yes(user.is_active)}",
-        f"created    {_instant(user.created_at)}",
+        f"created    {instant(user.created_at)}",
         f"cash       {user.cash_balance}",
         f"value      {user.total_value}{' (simulated prices)' if user.simulated else ''}"
         + (unpriced if user.unpriced_positions else ""),
         f"snapshots  {user.snapshots}"
-        + (f", the last for {_instant(user.last_snapshot_at)}" if user.last_snapshot_at else ""),
+        + (f", the last for {instant(user.last_snapshot_at)}" if user.last_snapshot_at else ""),
         f"positions  {len(holdings)}",
     ]
     if holdings:
@@ -84,12 +84,12 @@ async def show_user(database: Database, subject: str) -> str:
                 str(holding.cost_basis),
                 _or_dash(holding.price_per_share),
                 _or_dash(holding.current_value),
-                _instant(holding.updated_at) if holding.updated_at else "-",
+                instant(holding.updated_at) if holding.updated_at else "-",
             )
             for holding in holdings
         ]
         header = ("ticker", "shares", "cost_basis", "price", "value", "price confirmed")
-        lines += ["", *_table(header, rows, left=(0, 5))]
+        lines += ["", *table(header, rows, left=(0, 5))]
     return "\n".join(lines)
 
 
@@ -101,7 +101,7 @@ async def list_users(database: Database, *, limit: int) -> str:
     ]
     if not rows:
         return "no users"
-    lines = _table(("subject", "active", "cash", "positions"), rows, left=(0, 1))
+    lines = table(("subject", "active", "cash", "positions"), rows, left=(0, 1))
     if len(found) > limit:
         lines.append(f"more than {limit} users: say --limit")
     return "\n".join(lines)
@@ -111,7 +111,7 @@ def _unknown(subject: str) -> CommandFailed:
     return CommandFailed(f"there is no user {subject}")
 
 
-def _counted(count: int, noun: str) -> str:
+def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
@@ -119,7 +119,7 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _instant(at: datetime) -> str:
+def instant(at: datetime) -> str:
     return at.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -132,7 +132,7 @@ def _or_dash(value: Decimal | None) -> str:
     return "-" if value is None else str(value)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return [
         "  ".join(

@@ -1,8 +1,8 @@
-"""Settings of the administrator's commands: the database, or what tokens are signed with."""
+"""Settings of the administrator's commands: the database, the bus, or what tokens are signed with."""
 
 from pydantic import Field
 
-from shared.settings import DatabaseUrl, JwtSecret, LogSettings
+from shared.settings import BusSettings, DatabaseUrl, JwtSecret, LogSettings
 
 
 class DatabaseSettings(LogSettings):
@@ -11,6 +11,10 @@ class DatabaseSettings(LogSettings):
     database_url: DatabaseUrl = Field(
         description="PostgreSQL 16 or later, `postgresql://user:password@host:port/database`."
     )
+
+
+class DeadLetterSettings(BusSettings):
+    """What the commands about dead letters need."""
 
 
 class TokenSettings(LogSettings):

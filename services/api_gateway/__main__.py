@@ -26,7 +26,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             server_settings=queries.SERVER_SETTINGS,
             reads_only=True,
         ) as database,
-        Bus(settings.nats_url.get_secret_value(), name="api_gateway") as bus,
+        Bus(
+            settings.nats_url.get_secret_value(), name="api_gateway", replicas=settings.nats_stream_replicas
+        ) as bus,
         auth.verifier(settings) as verifier,
         replica.reading(settings, database) as source,
     ):

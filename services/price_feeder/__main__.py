@@ -43,6 +43,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             settings.nats_url.get_secret_value(),
             name="price_feeder",
             owned=(prices_stream(settings.replay),),
+            replicas=settings.nats_stream_replicas,
         ) as bus,
     ):
         lease = Lease(lease_database)

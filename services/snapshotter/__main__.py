@@ -10,6 +10,7 @@ import asyncio
 
 from services.snapshotter import queries, requested, snapshots, timer, upkeep
 from services.snapshotter.settings import Settings
+from services.snapshotter.troubles import Troubles
 from shared import clock, health, lifecycle, logs
 from shared import database as databases
 from shared.bus import Bus
@@ -19,6 +20,7 @@ log = logs.get_logger()
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    troubles = Troubles(settings.interval)
     async with (
         databases.connect(
             settings.database_url.get_secret_value(),
@@ -27,12 +29,20 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             statement_timeout_seconds=150.0,
             server_settings=queries.SERVER_SETTINGS,
         ) as database,
-        Bus(settings.nats_url.get_secret_value(), name="snapshotter") as bus,
+        Bus(
+            settings.nats_url.get_secret_value(), name="snapshotter", replicas=settings.nats_stream_replicas
+        ) as bus,
         health.serving(
             "snapshotter",
             settings.health_host,
             settings.health_port,
-            {"postgres": database.check, "schema": database.check_schema, "nats": bus.check},
+            {
+                "postgres": database.check,
+                "schema": database.check_schema,
+                "nats": bus.check,
+                "snapshots": troubles.check,
+                "dead_letters": lambda: check_dead_letters(bus),
+            },
             schema=databases.SCHEMA_REVISION,
         ),
     ):
@@ -52,17 +62,32 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                     settings.interval,
                     settings.snapshot_shards,
                     stop,
-                    calendar,
                     late_max=settings.late_max,
+                    calendar=calendar,
+                    troubles=troubles,
                 )
             )
             tasks.create_task(
                 snapshots.run(
-                    database, bus, settings.interval, stop, late_max=settings.late_max, calendar=calendar
+                    database,
+                    bus,
+                    settings.interval,
+                    stop,
+                    late_max=settings.late_max,
+                    calendar=calendar,
+                    troubles=troubles,
                 )
             )
             tasks.create_task(requested.run(database, bus, settings.cooldown, stop))
-            tasks.create_task(upkeep.run(database, settings.upkeep, stop))
+            tasks.create_task(upkeep.run(database, settings.upkeep, stop, troubles))
+
+
+async def check_dead_letters(bus: Bus) -> health.Note | None:
+    """Tell of messages that wait for an operator."""
+    if not bus.dead_letters_kept:
+        return None
+    letters = "dead letter" if bus.dead_letters_kept == 1 else "dead letters"
+    return health.Note(f"{bus.dead_letters_kept} {letters}: `admin dead-letters` lists what was put aside")
 
 
 if __name__ == "__main__":

@@ -7,14 +7,16 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from prometheus_client import Counter, Gauge, Histogram
 from pydantic import ValidationError
 
 from services.snapshotter import queries
+from services.snapshotter.troubles import Troubles
 from shared import clock, lifecycle, logs
-from shared.bus import Bus, BusUnavailable, Delivery, Outgoing
+from shared.bus import DELIVERIES_MAX, Bus, BusUnavailable, Delivery, Outgoing
 from shared.database import Database, DatabaseUnavailable, SchemaMissing
 from shared.market_calendar import Calendar
 from shared.market_hours import MarketHours
@@ -25,13 +27,34 @@ AT_ONCE_MAX = 2
 """Shards that one replica works on at a time, so that a slow one does not hold up the others."""
 ACK_WAIT_SECONDS = 15.0
 KEEP_ALIVE_SECONDS = 5.0
-RETRY_SECONDS = 2.0
+RETRY_SECONDS = 1.0
 STOP_SECONDS_MAX = 3.0
 """What a shard may still take when the service is to stop; cut off, nothing of it is stored and it comes again."""
 TAKE_SECONDS_MIN, TAKE_SECONDS_MAX = 10.0, 120.0
 CLOCK_SKEW_MAX = timedelta(seconds=5)  # between the replica whose timer published and this one
 
-shards_handled = Counter("snapshot_shards", "Shards handled, by outcome", ["outcome"])
+FAILURES_IN_A_ROW_MAX = 10
+
+_WHY: dict[type[Exception], str] = {
+    DatabaseUnavailable: "PostgreSQL is away",
+    SchemaMissing: "the schema is missing",
+    BusUnavailable: "NATS does not store",
+}
+_ADVICE = {
+    "PostgreSQL is away": "see /readyz and PostgreSQL; the slot waits until it is one interval old",
+    "the schema is missing": "run `alembic upgrade head`; the slot waits until it is one interval old",
+    "NATS does not store": "see /readyz and nats-server; the snapshots are stored, and are announced when it does",
+}
+
+shards_handled = Counter(
+    "snapshot_shards",
+    "Shards handled, by outcome: taken, duplicate, skipped (too late), malformed, failed (unexpectedly)",
+    ["outcome"],
+)
+shards_postponed = Counter(
+    "snapshot_shards_postponed", "Attempts at a shard that have to be made again, by why", ["why"]
+)
+shards_waiting = Gauge("snapshot_shards_waiting", "Shards that wait for PostgreSQL or NATS")
 portfolios_stored = Counter("snapshot_portfolios", "Portfolio snapshots stored")
 shard_seconds = Histogram(
     "snapshot_shard_seconds",
@@ -53,97 +76,173 @@ async def run(
     late_max: timedelta | None = None,
     calendar: Calendar | None = None,
     ack_wait_seconds: float = ACK_WAIT_SECONDS,
+    troubles: Troubles | None = None,
 ) -> None:
     """Handle due shards as the stream delivers them, a few at a time, until `stop` is set.
 
     A shard whose replica is silent for `ack_wait_seconds` is given to another. One that is older than `late_max`, one
     interval unless given, is skipped. With `calendar`, slots outside its sessions are skipped, whoever announced them.
+    Ends by an error when FAILURES_IN_A_ROW_MAX messages in a row failed unexpectedly: it is then the process that is
+    ill, and not one of them.
     """
+    worker = Worker(
+        database, bus, interval, late_max or interval, stop, calendar, troubles or Troubles(interval)
+    )
     async with asyncio.TaskGroup() as tasks:
         for _ in range(AT_ONCE_MAX):
-            tasks.create_task(
-                _handle_each(
-                    database,
-                    bus,
-                    interval,
-                    stop,
-                    late_max=late_max,
-                    calendar=calendar,
-                    ack_wait_seconds=ack_wait_seconds,
-                )
-            )
+            tasks.create_task(_handle_each(worker, ack_wait_seconds))
 
 
-async def _handle_each(
-    database: Database,
-    bus: Bus,
-    interval: timedelta,
-    stop: asyncio.Event,
-    *,
-    late_max: timedelta | None,
-    calendar: Calendar | None,
-    ack_wait_seconds: float,
-) -> None:
-    async for delivery in bus.consume(TIMER, durable=CONSUMER, ack_wait_seconds=ack_wait_seconds, stop=stop):
-        await lifecycle.finish(
-            handle(database, bus, delivery, interval, calendar, late_max=late_max),
-            stop,
-            stop_seconds_max=STOP_SECONDS_MAX,
+@dataclass
+class Worker:
+    """What handling a message needs, the same for all of them."""
+
+    database: Database
+    bus: Bus
+    interval: timedelta
+    late_max: timedelta
+    """When a slot is so old, the prices are no longer its own."""
+    stop: asyncio.Event
+    calendar: Calendar | None
+    troubles: Troubles
+    failures_in_a_row: int = 0
+
+
+async def _handle_each(worker: Worker, ack_wait_seconds: float) -> None:
+    async for delivery in worker.bus.consume(
+        TIMER, durable=CONSUMER, ack_wait_seconds=ack_wait_seconds, stop=worker.stop
+    ):
+        work = _handle_or_give_back(worker, delivery)
+        await lifecycle.finish(work, worker.stop, stop_seconds_max=STOP_SECONDS_MAX)
+        if not delivery.is_answered:  # cut off: another replica goes on
+            await delivery.postpone(0)
+
+
+async def _handle_or_give_back(worker: Worker, delivery: Delivery) -> None:
+    """Handle a message. An unexpected error ends neither the process nor, for long, the message.
+
+    The process does more than this one message, and which message it was is known: it comes again, a few times, and is
+    then put aside.
+    """
+    try:
+        await handle(worker, delivery)
+    except Exception as error:
+        worker.failures_in_a_row += 1
+        shards_handled.labels("failed").inc()
+        worker.troubles.happened("failed", f"a message was not handled: {type(error).__name__}")
+        log.exception(
+            "snapshot_failed",
+            deliveries=delivery.deliveries,
+            deliveries_max=DELIVERIES_MAX,
+            advice="this is a bug: report it with the traceback; the message is tried again, then put aside",
         )
+        if delivery.deliveries >= DELIVERIES_MAX:
+            await delivery.put_aside(f"{type(error).__name__}: {error}", worker.stop)
+        else:
+            await delivery.postpone(RETRY_SECONDS)
+        if worker.failures_in_a_row >= FAILURES_IN_A_ROW_MAX:
+            raise
+    else:
+        worker.failures_in_a_row = 0
 
 
-async def handle(
-    database: Database,
-    bus: Bus,
-    delivery: Delivery,
-    interval: timedelta,
-    calendar: Calendar | None = None,
-    *,
-    late_max: timedelta | None = None,
-) -> None:
-    """Take the snapshots that one message asks for, and answer the message."""
+async def handle(worker: Worker, delivery: Delivery) -> None:
+    """Take the snapshots that one message asks for, and answer the message.
+
+    While PostgreSQL or NATS is away the message waits here, and the server is told so: that is no failure of it.
+    """
     try:
         due = SnapshotDue.model_validate_json(delivery.payload)
     except ValidationError as error:
         shards_handled.labels("malformed").inc()
-        log.error(
-            "snapshot_message_malformed", reason=str(error.errors()[0]["msg"]), size=len(delivery.payload)
-        )
-        await delivery.discard()
+        await delivery.put_aside(f"malformed: {error.errors()[0]['msg']}", worker.stop)
         return
-    hours = calendar.hours if calendar else None
-    reason = not_takeable(due.scheduled_at, clock.utc_now(), late_max or interval, hours)
-    if reason:
-        shards_handled.labels("skipped").inc()
-        log.warning("snapshot_skipped", **_slot(due), reason=reason, deliveries=delivery.deliveries)
-        await delivery.acknowledge()
+    if delivery.deliveries > 1:
+        log.warning("snapshot_redelivered", **_slot(due), deliveries=delivery.deliveries)
+    async with _kept_alive(delivery):
+        outcome = await _take_or_wait(worker, due, delivery.deliveries)
+    if outcome is None:  # the service stops
+        await delivery.postpone(0)
         return
-    try:
-        async with _kept_alive(delivery):
-            taken = await take(database, bus, due, interval, delivery.deliveries)
-    except (DatabaseUnavailable, SchemaMissing, BusUnavailable) as error:
-        shards_handled.labels("postponed").inc()
-        log.warning("snapshot_postponed", **_slot(due), reason=str(error), retry_seconds=RETRY_SECONDS)
-        await delivery.postpone(RETRY_SECONDS)
-        return
-    shards_handled.labels("taken" if taken.added else "duplicate").inc()
+    shards_handled.labels(outcome).inc()
     await delivery.acknowledge()
     late = clock.utc_now() - due.scheduled_at
-    if late > interval:
+    if outcome != "skipped" and late > worker.interval:
         shards_overran.inc()
+        worker.troubles.happened("overran", f"slot {due.scheduled_at.isoformat()} overran its interval")
         log.warning(
             "slot_overran",
             **_slot(due),
             seconds=round(late.total_seconds(), 1),
-            interval_seconds=interval.total_seconds(),
+            interval_seconds=worker.interval.total_seconds(),
             advice="more SNAPSHOT_SHARDS and replicas, or a longer SNAPSHOT_INTERVAL_MINUTES",
         )
 
 
-async def take(
-    database: Database, bus: Bus, due: SnapshotDue, interval: timedelta, deliveries: int
+async def _take_or_wait(worker: Worker, due: SnapshotDue, deliveries: int) -> str | None:
+    """Return what became of the shard: taken, duplicate or skipped; None when the service stops first."""
+    hours = worker.calendar.hours if worker.calendar else None
+    taken: queries.ShardTaken | None = None
+    trouble = worker.troubles.number()
+    said, attempts = "", 0
+    try:
+        while True:
+            reason = not_takeable(due.scheduled_at, clock.utc_now(), worker.late_max, hours)
+            if reason is not None and (taken is None or attempts):
+                return _given_up(worker, due, deliveries, reason, taken)
+            try:
+                if taken is None:
+                    again = deliveries > 1 or attempts > 0
+                    taken = await store(worker.database, due, worker.interval, again=again)
+                await announce(worker.bus, due, taken)
+            except (DatabaseUnavailable, SchemaMissing, BusUnavailable) as error:
+                why = _WHY[type(error)]
+                shards_postponed.labels(why).inc()
+                worker.troubles.begin(trouble, f"a slot waits: {why}")
+                if not attempts:
+                    shards_waiting.inc()
+                if why != said:
+                    said = why
+                    log.warning(
+                        "snapshot_postponed",
+                        **_slot(due),
+                        reason=str(error),
+                        retry_seconds=RETRY_SECONDS,
+                        advice=_ADVICE[why],
+                    )
+                attempts += 1
+            else:
+                return "taken" if taken.added else "duplicate"
+            if await clock.wait_for_stop(worker.stop, RETRY_SECONDS):
+                return None
+    finally:
+        worker.troubles.end(trouble)
+        if attempts:
+            shards_waiting.dec()
+
+
+def _given_up(
+    worker: Worker, due: SnapshotDue, deliveries: int, reason: str, taken: queries.ShardTaken | None
+) -> str:
+    slot = due.scheduled_at.isoformat()
+    if taken is not None:
+        worker.troubles.happened("unannounced", f"slot {slot} is stored and was not announced")
+        log.error(
+            "snapshots_not_announced",
+            **_slot(due),
+            advice="they are stored; charts show them within a minute. See why the bus did not store the message",
+        )
+        return "taken"
+    if due.scheduled_at < clock.utc_now():
+        worker.troubles.happened("skipped", f"slot {slot} was skipped")
+    log.warning("snapshot_skipped", **_slot(due), reason=reason, deliveries=deliveries)
+    return "skipped"
+
+
+async def store(
+    database: Database, due: SnapshotDue, interval: timedelta, *, again: bool
 ) -> queries.ShardTaken:
-    """Store the shard's snapshots, then publish that they are there."""
+    """Store the shard's snapshots, committed when this returns."""
     began = time.monotonic()
     remaining = (due.scheduled_at + interval - clock.utc_now()).total_seconds()
     taken = await queries.take_snapshots(
@@ -151,13 +250,28 @@ async def take(
         due.scheduled_at,
         due.shard,
         due.shards,
-        again=deliveries > 1,
+        again=again,
         timeout=min(max(remaining, TAKE_SECONDS_MIN), TAKE_SECONDS_MAX),
     )
     seconds = time.monotonic() - began
     shard_seconds.observe(seconds)
     portfolios_stored.inc(taken.added)
     last_slot.set(due.scheduled_at.timestamp())
+    log.info(
+        "snapshots_taken",
+        **_slot(due),
+        portfolios=taken.portfolios,
+        positions=taken.positions,
+        unpriced=taken.unpriced,
+        added=taken.added,
+        again=again,
+        duration_ms=round(seconds * 1000),
+    )
+    return taken
+
+
+async def announce(bus: Bus, due: SnapshotDue, taken: queries.ShardTaken) -> None:
+    """Publish that the shard's snapshots are there; raises BusUnavailable."""
     message = SnapshotsTaken(
         scheduled_at=due.scheduled_at,
         shard=due.shard,
@@ -168,17 +282,6 @@ async def take(
     )
     message_id = f"{due.scheduled_at.isoformat()}/{due.shard}/{due.shards}"
     await bus.publish(Outgoing(SNAPSHOTS_TAKEN, message, message_id))
-    log.info(
-        "snapshots_taken",
-        **_slot(due),
-        portfolios=taken.portfolios,
-        positions=taken.positions,
-        unpriced=taken.unpriced,
-        added=taken.added,
-        deliveries=deliveries,
-        duration_ms=round(seconds * 1000),
-    )
-    return taken
 
 
 def not_takeable(

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from prometheus_client import Counter
 from pydantic import ValidationError
 
+from services.snapshotter.troubles import Troubles
 from shared import clock, logs
 from shared.bus import Bus, BusUnavailable, Outgoing
 from shared.market_calendar import Calendar
@@ -25,9 +26,10 @@ async def run(
     interval: timedelta,
     shards: int,
     stop: asyncio.Event,
-    calendar: Calendar | None = None,
     *,
     late_max: timedelta | None = None,
+    calendar: Calendar | None = None,
+    troubles: Troubles | None = None,
 ) -> None:
     """Announce each slot when it is reached, beginning with the current one, until `stop` is set.
 
@@ -44,8 +46,10 @@ async def run(
             was_resting, is_resting = is_resting, _rests(scheduled_at, calendar, said=is_resting)
             if was_resting and not is_resting:
                 log.info("snapshots_resumed", scheduled_at=scheduled_at.isoformat())
-            if not is_resting:
-                await announce(bus, scheduled_at, late_max, shards, stop)
+            if is_resting or await announce(bus, scheduled_at, late_max, shards, stop):
+                continue
+            if troubles and not stop.is_set():
+                troubles.happened("missed", f"slot {scheduled_at.isoformat()} was not announced")
         announced = reached
 
 
@@ -99,23 +103,30 @@ def _rests(scheduled_at: datetime, calendar: Calendar | None, *, said: bool) -> 
 
 async def announce(
     bus: Bus, scheduled_at: datetime, late_max: timedelta, shards: int, stop: asyncio.Event
-) -> None:
-    """Publish SnapshotDue for every shard, trying again while the slot is younger than `late_max`."""
+) -> bool:
+    """Publish SnapshotDue for every shard, trying again while the slot is younger than `late_max`.
+
+    Return whether all were acknowledged.
+    """
     waiting = [due(scheduled_at, shard, shards) for shard in range(shards)]
-    reason = ""
     while not stop.is_set():
-        if clock.utc_now() - scheduled_at >= late_max:
-            slots_missed.inc()
-            log.error(
-                "slot_missed", scheduled_at=scheduled_at.isoformat(), shards=len(waiting), reason=reason
-            )
-            return
         failed = await bus.publish_all(waiting)
         if not failed:
             slots_announced.inc()
-            return
+            return True
         waiting, reason = [outgoing for outgoing, _ in failed], failed[0][1]
+        if clock.utc_now() - scheduled_at >= late_max:
+            slots_missed.inc()
+            log.error(
+                "slot_missed",
+                scheduled_at=scheduled_at.isoformat(),
+                shards=len(waiting),
+                reason=reason,
+                advice="NATS did not store the slot in time: see /readyz and nats-server",
+            )
+            return False
         await clock.wait_for_stop(stop, RETRY_SECONDS)
+    return False
 
 
 def due(scheduled_at: datetime, shard: int, shards: int) -> Outgoing:

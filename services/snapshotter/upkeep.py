@@ -11,6 +11,7 @@ from prometheus_client import Counter, Gauge
 
 from services.snapshotter import history, queries
 from services.snapshotter.history import ROLLUPS, Rollup
+from services.snapshotter.troubles import Troubles
 from shared import clock, lifecycle, logs
 from shared.database import Database, DatabaseUnavailable, SchemaMissing
 
@@ -31,6 +32,7 @@ rollup_lag = Gauge(
     "How far a rollup is behind what is due, by tier; 0 when nothing is",
     ["tier"],
 )
+upkeep_failing = Gauge("history_upkeep_failing", "Whether the last round of upkeep could not be done, 1 or 0")
 partitions_made = Counter("history_partitions_made", "Partitions made")
 partitions_dropped = Counter("history_partitions_dropped", "Expired partitions dropped, by tier", ["tier"])
 partitions_expired = Gauge("history_partitions_expired", "Expired partitions still there, by tier", ["tier"])
@@ -72,13 +74,20 @@ class Done:
     """Something is expired, and stays until the clock has been steady for long enough (metrics say how much)."""
 
 
-async def run(database: Database, upkeep: Upkeep, stop: asyncio.Event) -> None:
+async def run(
+    database: Database, upkeep: Upkeep, stop: asyncio.Event, troubles: Troubles | None = None
+) -> None:
     """Keep the history in order, beginning now and then every five minutes, until `stop` is set."""
     was_held = False
 
     async def round_() -> None:
         nonlocal was_held
         done = await _round(database, upkeep, stop)
+        upkeep_failing.set(done is None)
+        if troubles and done is None:
+            troubles.begin("history", "the history is not kept up: see history_postponed in the log")
+        elif troubles:
+            troubles.end("history")
         if done is not None and done.held != was_held:
             was_held = done.held
             log.info("retention_held" if was_held else "retention_resumed", steady_for=str(STEADY_FOR))
@@ -94,7 +103,11 @@ async def _round(database: Database, upkeep: Upkeep, stop: asyncio.Event) -> Don
         now = clock.utc_now()
         apart = abs(now - await history.database_clock(database))
         if apart > CLOCKS_APART_MAX:
-            log.warning("history_postponed", reason=f"the database's clock is {apart} apart from ours")
+            log.warning(
+                "history_postponed",
+                reason=f"the database's clock is {apart} apart from ours",
+                advice="set the clocks of both machines by NTP",
+            )
             return None
         done = await keep(database, upkeep, now, stop)
     except (DatabaseUnavailable, SchemaMissing) as error:

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from shared.bus import Outgoing
+from shared.bus import Delivery, Outgoing
 
 ONCE = "TAMPERED_ONCE"
 
@@ -51,26 +51,15 @@ def lost_details() -> None:
 def ack_first() -> None:
     """Acknowledge a shard, and take its snapshots a moment later."""
     from services.snapshotter import snapshots
-    from shared.bus import Delivery
-
-    take, acknowledge = snapshots.take, Delivery.acknowledge
-    under_way: list[Delivery] = []
-
-    async def take_late(*args: Any, **options: Any) -> Any:
-        if under_way:
-            await acknowledge(under_way.pop())
-        await asyncio.sleep(0.4)
-        return await take(*args, **options)
 
     handle = snapshots.handle
 
-    async def handle_acknowledged(
-        database: Any, bus: Any, delivery: Delivery, *args: Any, **options: Any
-    ) -> None:
-        under_way.append(delivery)
-        await handle(database, bus, delivery, *args, **options)
+    async def handle_late(worker: snapshots.Worker, delivery: Delivery) -> None:
+        await delivery.acknowledge()
+        await asyncio.sleep(0.4)
+        await handle(worker, delivery)
 
-    snapshots.take, snapshots.handle = take_late, handle_acknowledged
+    snapshots.handle = handle_late
 
 
 def no_newer_wins() -> None:
@@ -89,8 +78,6 @@ def no_newer_wins() -> None:
 
 def die_before_acknowledging() -> None:
     """Die when a shard is committed and not acknowledged yet."""
-    from shared.bus import Delivery
-
     Delivery.acknowledge = _dying_before(Delivery.acknowledge)  # type: ignore[method-assign]
 
 

@@ -10,6 +10,7 @@ import nats
 import pytest
 from nats.aio.client import Client
 from nats.js.errors import APIError
+from structlog.testing import capture_logs
 
 from shared.bus import Bus, BusUnavailable
 from shared.messages import (
@@ -179,6 +180,20 @@ async def test_a_subject_that_is_missing_is_added_while_the_service_runs(bus: Bu
         return bool(found["subjects"] == [FEED_STATUS, PRICES_CONFIRMED])
 
     await eventually(is_added)
+
+
+async def test_copies_on_a_server_that_is_alone_are_a_problem_that_is_said_with_what_to_do(
+    nats_url: str,
+) -> None:
+    with capture_logs() as logs:
+        async with Bus(nats_url, name="tests", replicas=3) as bus:
+
+            async def is_said() -> bool:
+                return "replicas > 1 not supported" in str(await bus.check())
+
+            await eventually(is_said)
+    (problem,) = (line for line in logs if line["event"] == "bus_problem")
+    assert "NATS_STREAM_REPLICAS" in problem["advice"]
 
 
 # ---- tickets -------------------------------------------------------------------------------------

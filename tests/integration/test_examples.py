@@ -122,7 +122,7 @@ async def test_the_protocol_by_hand_gives_last_values_then_live_ones(
         assert {(each.symbol, each.sequence) for each in last} == {("BRK.B", 2), ("BTC/USD", 1)}
         live = tick("BRK.B", "716.00", 3)
         await bus.publish(live)
-        assert await example.lines(1) == [live.message.model_dump_json()]
+        assert await example.lines(1) == [live.payload.decode()]
 
 
 # ---- what was missed -----------------------------------------------------------------------------

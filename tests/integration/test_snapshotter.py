@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nats.aio.client import Client
+from nats.js.errors import NotFoundError
 from prometheus_client import Counter
 from structlog.testing import capture_logs
 
@@ -372,7 +373,10 @@ async def heard(client: Client) -> Callable[[], Awaitable[list[SnapshotsTaken]]]
 
 
 async def is_all_acknowledged(client: Client) -> bool:
-    info = await client.jetstream().consumer_info(TIMER.name, snapshots.CONSUMER)
+    try:
+        info = await client.jetstream().consumer_info(TIMER.name, snapshots.CONSUMER)
+    except NotFoundError:  # no snapshotter has begun yet
+        return False
     return bool(info.num_ack_pending == 0 and info.num_pending == 0)
 
 
@@ -432,7 +436,7 @@ async def test_timer_rests_while_the_market_is_closed_and_says_so_once(bus: Bus,
 
     with capture_logs() as logs:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(timer.run(bus, timedelta(seconds=0.1), 1, stop, calendar))
+            tasks.create_task(timer.run(bus, timedelta(seconds=0.1), 1, stop, calendar=calendar))
             await eventually(has_rested)
             assert not await is_announced()
             calendar.hours = open_now()
@@ -596,6 +600,44 @@ async def test_garbage_and_late_messages_are_put_aside_and_the_next_one_is_taken
     assert [row[1] for row in await stored(database)] == [now]
 
 
+async def test_doubled_and_out_of_order_messages_make_each_snapshot_once(
+    database: Database, bus: Bus, client: Client
+) -> None:
+    """By hand, without the message id that the stream would know a second copy by."""
+    for number in range(3):
+        await create_user(database, f"user {number}", cash="5")
+    now = last_boundary(utc_now(), timedelta(seconds=1))
+    slots = [now - timedelta(seconds=seconds) for seconds in (20, 10, 0)]
+    duplicate = snapshots.shards_handled.labels("duplicate")
+    before = counted(duplicate)
+    async with snapshotter(database, bus), snapshotter(database, bus):
+        for at in (slots[2], slots[0], slots[1], slots[0], slots[2], slots[2], slots[1]):
+            await bus.publish(Outgoing(SNAPSHOT_DUE, SnapshotDue(scheduled_at=at)))
+        await eventually(lambda: is_all_acknowledged(client))
+    assert [row[:2] for row in await stored(database)] == [
+        (f"user {number}", at) for number in range(3) for at in slots
+    ]
+    assert counted(duplicate) == before + 4
+    assert await bus.dead_letters() == []
+
+
+@pytest.mark.parametrize(
+    "far", ["9999-12-31T23:59:59.999999Z", "9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00"]
+)
+async def test_slot_from_another_age_is_skipped_and_counted(
+    database: Database, bus: Bus, client: Client, far: str
+) -> None:
+    await create_user(database, cash="5")
+    skipped = snapshots.shards_handled.labels("skipped")
+    before = counted(skipped)
+    await client.jetstream().publish(SNAPSHOT_DUE, b'{"scheduled_at": "%s"}' % far.encode())
+    async with snapshotter(database, bus):
+        await eventually(lambda: is_all_acknowledged(client))
+    assert counted(skipped) == before + 1
+    assert await stored(database) == []
+    assert await bus.dead_letters() == []
+
+
 async def test_shard_is_taken_after_the_database_was_away(
     database_url: str, database: Database, bus: Bus
 ) -> None:
@@ -607,7 +649,7 @@ async def test_shard_is_taken_after_the_database_was_away(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", name
     )
     at = utc_now()
-    postponed = snapshots.shards_handled.labels("postponed")
+    postponed = snapshots.shards_postponed.labels("PostgreSQL is away")
     before = counted(postponed)
 
     async def is_postponed() -> bool:

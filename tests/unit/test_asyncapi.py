@@ -119,6 +119,8 @@ def test_channels_say_what_their_stream_keeps() -> None:
         "portfolio.v1.snapshots_taken": "PORTFOLIO",
         "portfolio.v1.requested_snapshot_taken": "PORTFOLIO",
         "gateway.v1.tickets.{digest}": "TICKETS",
+        "dead_letters.v1.{consumer}": "DEAD_LETTERS",
+        "probes.v1.{service}": "PROBES",
     }
     assert set(kept.values()) == {stream.name for stream in STREAMS}
     assert DOCUMENT["channels"]["prices"]["x-jetstream"]["max_msgs_per_subject"] == 1200  # 5 min, 4 a second
