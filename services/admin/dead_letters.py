@@ -88,9 +88,7 @@ async def _replay(bus: Bus, letters: Sequence[NumberedLetter]) -> str:
         raise CommandFailed("; ".join(problems))
     lines = [f"{counted(len(done), 'dead letter')} replayed", *problems]
     if any(letter.subject == SNAPSHOT_DUE for letter in done):
-        lines.append(
-            "a slot that is too late by now (SNAPSHOT_LATE_SECONDS_MAX, else one interval) is skipped and counted, not stored"
-        )
+        lines.append("a slot that is too late by now is skipped and counted, not stored")
     return "\n".join(lines)
 
 
