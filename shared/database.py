@@ -79,6 +79,7 @@ _UNAVAILABLE = (
     asyncpg.ObjectNotInPrerequisiteStateError,
     asyncpg.InterfaceError,
     asyncpg.PostgresSystemError,
+    asyncpg.InvalidCachedStatementError,  # inside a transaction, after a migration; else the driver prepares it anew
     NoPrimary,
 )
 # Programming errors that asyncpg derives from InterfaceError.
@@ -102,7 +103,14 @@ _REASONS: tuple[tuple[str, tuple[type[Exception], ...]], ...] = (
     ("read_only", (asyncpg.ReadOnlySQLTransactionError,)),
     ("starting_or_stopping", (asyncpg.OperatorInterventionError,)),
     ("no_room", (asyncpg.InsufficientResourcesError, asyncpg.PostgresSystemError)),
-    ("conflict", (asyncpg.TransactionRollbackError, asyncpg.ObjectNotInPrerequisiteStateError)),
+    (
+        "conflict",
+        (
+            asyncpg.TransactionRollbackError,
+            asyncpg.ObjectNotInPrerequisiteStateError,
+            asyncpg.InvalidCachedStatementError,
+        ),
+    ),
     (
         "refused",
         (
