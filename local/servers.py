@@ -55,8 +55,10 @@ def child_command(command: Sequence[str], *, death_signal: str = "TERM") -> list
 
 
 @contextmanager
-def postgres(folder: Path, *, settings: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """Run PostgreSQL 18 with its data in `folder/data`, its log and password beside it, on a free port.
+def postgres(
+    folder: Path, *, settings: Mapping[str, str] | None = None, port: int | None = None
+) -> Iterator[Server]:
+    """Run PostgreSQL 18 with its data in `folder/data`, its log and password beside it, on `port` or a free one.
 
     The URL names the database `foliotick`, made on the first start. A second start finds the data again.
     """
@@ -66,7 +68,7 @@ def postgres(folder: Path, *, settings: Mapping[str, str] | None = None) -> Iter
     if not (data / "PG_VERSION").exists():
         _initialise_data(data, folder / "password")
     options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", **(settings or {})}
-    port, process = _start_postgres(data, folder / "postgres.log", options)
+    port, process = _start_postgres(data, folder / "postgres.log", options, port)
     try:
         _create_database(port, password)
         url = f"postgresql://foliotick:{password}@127.0.0.1:{port}/foliotick"
@@ -94,6 +96,30 @@ def replica_of(
         yield Server("PostgreSQL replica", url, process, folder / "postgres.log")
     finally:
         _stop(process, signal.SIGINT)
+
+
+def replicate_synchronously(primary: Server) -> None:
+    """Let every commit of `primary` wait until a replica has it on disk; there must be one."""
+    _execute(primary.url, "ALTER SYSTEM SET synchronous_standby_names = '*'")
+    _execute(primary.url, "SELECT pg_reload_conf()")
+    deadline = time.monotonic() + START_SECONDS_MAX
+    while "sync" not in _execute(primary.url, "SELECT sync_state FROM pg_stat_replication").split():
+        if time.monotonic() > deadline:
+            raise ServerFailed("no replica follows the primary synchronously")
+        time.sleep(_POLL_SECONDS)
+
+
+def promote(replica: Server) -> None:
+    """Make the replica a primary; returns when it accepts writes."""
+    if _execute(replica.url, "SELECT pg_promote()") != "t":
+        raise ServerFailed(f"the replica was not promoted (log: {replica.log})")
+
+
+def joined_url(*servers: Server) -> str:
+    """Return the URL that names all of these servers of one cluster, in this order."""
+    parts = [urlsplit(server.url) for server in servers]
+    hosts = ",".join(part.netloc.rpartition("@")[2] for part in parts)
+    return urlunsplit(parts[0]._replace(netloc=f"{parts[0].netloc.rpartition('@')[0]}@{hosts}"))
 
 
 @contextmanager
@@ -186,9 +212,11 @@ def _empty_data(data: Path) -> Path:
     return unfinished
 
 
-def _start_postgres(data: Path, log: Path, options: Mapping[str, str]) -> tuple[int, subprocess.Popen[bytes]]:
+def _start_postgres(
+    data: Path, log: Path, options: Mapping[str, str], wanted_port: int | None = None
+) -> tuple[int, subprocess.Popen[bytes]]:
     for _ in range(3):  # another process may take the free port first
-        port = free_port()
+        port = wanted_port or free_port()
         command = [_postgres_binary("postgres"), "-D", str(data), "-p", str(port)]
         for name, value in options.items():
             command += ["-c", f"{name}={value}"]
@@ -227,6 +255,14 @@ def _create_database(port: int, password: str) -> None:
             )
             raise ServerFailed(f"PostgreSQL does not answer: {problem}")
         time.sleep(_POLL_SECONDS)
+
+
+def _execute(url: str, statement: str) -> str:
+    command = [_postgres_binary("psql"), "--no-psqlrc", "--quiet", "-tA", "-v", "ON_ERROR_STOP=1", url]
+    done = subprocess.run([*command, "-c", statement], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ServerFailed(f"PostgreSQL refused {statement!r}: {done.stderr.strip()}")
+    return done.stdout.strip()
 
 
 def _accepts(port: int, process: subprocess.Popen[bytes]) -> bool:

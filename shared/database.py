@@ -267,16 +267,21 @@ class Database:
             return kept
         try:
             if kept is not None:
-                await self._pool.release(kept)
+                await self._release(kept)
             return await self._pool.acquire(timeout=began_at + CONNECT_TIMEOUT_SECONDS - time.monotonic())
         except BaseException:
             self._pass_turn(None)
             raise
 
+    async def _release(self, connection: Connection) -> None:
+        """Let the pool have its connection back, clean or ended."""
+        with suppress(asyncpg.InternalClientError):  # it was ended this very moment, and the pool has it back
+            await self._pool.release(connection)
+
     async def _give_back(self, connection: Connection) -> None:
         """Return the connection to the pool, which cleans it or ends it, and pass the turn."""
         try:
-            await self._pool.release(connection)
+            await self._release(connection)
         finally:
             self._pass_turn(None)
 
@@ -311,12 +316,12 @@ class Database:
             async with asyncio.timeout(CANCEL_SECONDS_MAX):
                 if transaction is not None and _is_open(connection):
                     await transaction.rollback()
-                await self._pool.release(connection)
+                await self._release(connection)
         except _UNAVAILABLE:
             _terminate(connection)
             await self._end_idle()
         finally:
-            await self._pool.release(connection)
+            await self._release(connection)
             self._pass_turn(None)
         await self._hosts.look()
 
@@ -377,7 +382,7 @@ class Database:
         while self._kept:
             connection = self._kept.pop()
             self._idle.end(connection)
-            await self._pool.release(connection)
+            await self._release(connection)
         if self._clearing:
             await asyncio.wait(self._clearing)
         await self._pool.close()
