@@ -417,7 +417,8 @@ class Database:
         try:
             return await attempt()
         except DatabaseUnavailable as error:
-            if not isinstance(error.__cause__, _CONNECTION_GONE):
+            # Between two statements the driver says of a lost connection that it is closed, which is an InterfaceError.
+            if not isinstance(error.__cause__, (*_CONNECTION_GONE, asyncpg.InterfaceError)):
                 raise
         return await attempt()
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -67,9 +66,10 @@ def kill(server: Server) -> None:
     """End the server as a loss of power would."""
     if server.process.poll() is None:
         backends = psutil.Process(server.process.pid).children()
-        for process in (server.process, *backends):
+        server.process.kill()
+        for backend in backends:
             with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL)
+                backend.kill()
         server.process.wait(10)
 
 
