@@ -29,6 +29,10 @@ STATEMENT_TIMEOUT_SECONDS = 2.0
 CANCEL_SECONDS_MAX = 1.0
 """How long a server may take to confirm that a statement was cut off; then its connection is ended."""
 CHECK_TIMEOUT_SECONDS = 1.0
+WATCH_SECONDS = 2.0
+"""How often a pool of several servers sees whether its primary answers."""
+LOOK_EVERY_SECONDS = 30.0
+"""How often it sees whether another one has become the primary, although its own answers."""
 IDLE_SECONDS_MAX = 300.0
 """A connection that nobody has used for so long is ended."""
 
@@ -479,6 +483,17 @@ _IS_READ_ONLY = "SELECT current_setting('transaction_read_only')::boolean"
 _open_pools: WeakSet[Database] = WeakSet()
 
 
+async def _watch(database: Database, hosts: Hosts) -> None:
+    """Follow the primary also while nobody connects, or while all wait for one that does not answer."""
+    looked_at = time.monotonic()
+    while True:
+        await asyncio.sleep(WATCH_SECONDS)
+        problem = await database.check()
+        if problem is not None or time.monotonic() - looked_at > LOOK_EVERY_SECONDS:
+            looked_at = time.monotonic()
+            await hosts.look()
+
+
 class _Connections(Collector):
     """Counts the connections of all pools when somebody asks."""
 
@@ -577,10 +592,14 @@ async def connect(
             answer_seconds_max=answer_seconds_max,
         )
         _open_pools.add(database)
+        watching = asyncio.create_task(_watch(database, hosts)) if hosts.are_several else None
         try:
             yield database
         finally:
             _open_pools.discard(database)
+            if watching is not None:
+                watching.cancel()
+                await asyncio.wait([watching])
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
                     await database.close()

@@ -29,6 +29,8 @@ from tests.waiting import eventually
 FOLLOWED_SECONDS_MAX = 5.0
 """What may pass from the promotion until writes, reads and notifications go on."""
 
+LONG = "SELECT 7 FROM pg_sleep(1)"
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -186,13 +188,16 @@ async def test_all_follow_when_the_primary_is_killed(pair: Pair) -> None:
 
 async def test_all_follow_when_the_primary_is_frozen_and_none_goes_back_to_it(pair: Pair) -> None:
     async with following(pair.url) as followers:
+        long_one = asyncio.create_task(followers.writes.fetch_value(LONG, timeout=120))
+        await eventually(lambda: is_running(pair.primary, LONG))
         with frozen(pair.primary):
             await asyncio.to_thread(promote, pair.replica)
             await followers.follow_since(time.monotonic())
+            assert await asyncio.wait_for(long_one, 10) == 7  # on the new primary
             assert not await followers.lost()
         # The old primary is awake, and thinks that it still is one.
         assert await writable(pair.primary)
-        assert await followers.reads.fetch_value("SHOW port") == str(addresses(pair.replica.url)[0].port)
+        assert await port_of(followers.reads) == addresses(pair.replica.url)[0].port
         with frozen(pair.replica):
             with pytest.raises(DatabaseUnavailable):
                 await followers.reads.fetch_value("SELECT 1")
@@ -203,14 +208,47 @@ async def test_all_follow_when_the_primary_is_frozen_and_none_goes_back_to_it(pa
             await eventually(old_one_is_refused)
         await eventually(lambda: is_well(followers.reads))
         async with databases.connect(pair.url, application_name="newcomer", connections_max=1) as newcomer:
-            port = await newcomer.fetch_value("SHOW port")
-            assert port == str(addresses(pair.replica.url)[0].port)
+            assert await port_of(newcomer) == addresses(pair.replica.url)[0].port
+
+
+async def test_all_follow_although_the_primary_lives_on(pair: Pair) -> None:
+    """Nobody shut it down, as its operator should have; it acknowledges nothing without its synchronous replica."""
+    async with following(pair.url) as followers:
+        await asyncio.to_thread(promote, pair.replica)
+        promoted_at = time.monotonic()
+
+        async def writes_go_on() -> bool:
+            port = await port_of(followers.writes)
+            return port == addresses(pair.replica.url)[0].port and followers.writer.last_at > promoted_at
+
+        await eventually(writes_go_on, timeout=databases.STATEMENT_TIMEOUT_SECONDS + FOLLOWED_SECONDS_MAX)
+        await followers.follow_since(time.monotonic())
+        assert await port_of(followers.reads) == addresses(pair.replica.url)[0].port
+        assert not await followers.lost()
+
+
+async def port_of(database: Database) -> int | None:
+    """Return the port of the server that answers."""
+    with suppress(DatabaseUnavailable):
+        return int(await database.fetch_value("SHOW port"))
+    return None
 
 
 async def writable(server: Server) -> bool:
     connection = await asyncpg.connect(server.url, timeout=10)
     try:
         return not await connection.fetchval("SELECT pg_is_in_recovery()")
+    finally:
+        await connection.close()
+
+
+async def is_running(server: Server, statement: str) -> bool:
+    connection = await asyncpg.connect(server.url, timeout=10)
+    try:
+        count = await connection.fetchval(
+            "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query = $1", statement
+        )
+        return bool(count == 1)
     finally:
         await connection.close()
 
