@@ -96,6 +96,8 @@ _CONNECTION_GONE = (
     asyncpg.CrashShutdownError,
     asyncpg.InternalClientError,
 )
+# One that has ended without that being read yet, or whose server is a primary no more.
+_USELESS = (asyncpg.InternalClientError, asyncpg.ReadOnlySQLTransactionError)
 _CUT_OFF = (TimeoutError, asyncio.CancelledError)
 _CANNOT_WRITE = (asyncpg.ReadOnlySQLTransactionError, asyncpg.DiskFullError, asyncpg.PostgresSystemError)
 _SCHEMA_MISSING = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError)
@@ -278,12 +280,12 @@ class Database:
             raise
 
     async def _release(self, connection: Connection) -> None:
-        """Let the pool have its connection back, clean or ended."""
-        with suppress(asyncpg.InternalClientError):  # it was ended this very moment, and the pool has it back
-            await self._pool.release(connection)
+        """Let the pool have its connection back; it ends one that it cannot clean in time."""
+        with suppress(*_UNAVAILABLE):
+            await self._pool.release(connection, timeout=CANCEL_SECONDS_MAX)
 
     async def _give_back(self, connection: Connection) -> None:
-        """Return the connection to the pool, which cleans it or ends it, and pass the turn."""
+        """Return the connection to the pool, and pass the turn."""
         try:
             await self._release(connection)
         finally:
@@ -300,14 +302,11 @@ class Database:
             clearing.add_done_callback(self._clearing.discard)
             return
         try:
-            if isinstance(error, asyncpg.InternalClientError | asyncpg.ReadOnlySQLTransactionError):
-                _terminate(
-                    connection
-                )  # ended, but that has not been read yet; or of a server that is a primary no more
+            if isinstance(error, _USELESS):
+                _terminate(connection)
             elif transaction is not None and _is_open(connection):
-                with suppress(
-                    *_UNAVAILABLE
-                ):  # then the server has undone it, and the pool ends the connection
+                # Where this fails, the server has undone it already.
+                with suppress(*_UNAVAILABLE):
                     await transaction.rollback()
         finally:
             await self._give_back(connection)
@@ -315,18 +314,17 @@ class Database:
             await self._hosts.look()
 
     async def _clear(self, connection: Connection, transaction: Transaction | None) -> None:
-        """Return a connection whose statement was cut off. If its server is silent, all others are given up as well."""
+        """Return a connection whose statement was cut off. If its server is silent, all idle ones are ended as well."""
         try:
             async with asyncio.timeout(CANCEL_SECONDS_MAX):
                 if transaction is not None and _is_open(connection):
                     await transaction.rollback()
-                await self._release(connection)
+                await self._pool.release(connection)
         except _UNAVAILABLE:
             _terminate(connection)
             await self._end_idle()
         finally:
-            await self._release(connection)
-            self._pass_turn(None)
+            await self._give_back(connection)
         await self._hosts.look()
 
     async def _turn(self) -> Connection | None:

@@ -96,7 +96,8 @@ class ServiceSettings(LogSettings):
     """What every service has: its database, its bus, its health port."""
 
     database_url: DatabaseUrl = Field(
-        description="PostgreSQL 16 or later, `postgresql://user:password@host:port/database`; of several hosts, commas between, the primary."
+        description="PostgreSQL 16 or later, `postgresql://user:password@host:port/database`; "
+        "of several hosts, commas between, the primary."
     )
     nats_url: NatsUrl = Field(
         default=SecretStr("nats://127.0.0.1:4222"),
