@@ -29,7 +29,8 @@ from tests.servers import Servers
 from tests.waiting import eventually
 
 REVISIONS = sorted(re.findall(r"^(\d{4})_", "\n".join(os.listdir(ROOT / "migrations/versions")), re.M))
-HELD_UP_SECONDS_MAX = 0.1
+HELD_UP_SECONDS_MAX = {"current": 0.1, "chart": 0.1, "snapshot": 0.1, "order": 1.0}
+"""Beside what the machine holds up by itself. Triggers keep writers out until the revision commits; nobody else."""
 USERS, POSITIONS_EACH = 2_500, 25
 SHARDS = 100
 PAUSE_SECONDS = 0.01
@@ -250,7 +251,8 @@ async def expect_unnoticed(load: Load, url: str, before: str, after: str, config
     held_up = await held_up_by(load, url, after, configuration)
     print(f"longest while migrating {held_up}, otherwise {noise}")  # noqa: T201 - to be seen with -s
     for name, seconds in held_up.items():
-        assert seconds <= HELD_UP_SECONDS_MAX + max(noise.values()), (name, held_up, noise)
+        # The longest of a few seconds is not always the same on a machine that does other things as well.
+        assert seconds <= HELD_UP_SECONDS_MAX[name] + 2 * max(noise.values()), (name, held_up, noise)
 
 
 @pytest.mark.parametrize(("before", "after"), [*pairwise(REVISIONS[1:])])
