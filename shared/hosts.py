@@ -158,13 +158,16 @@ class Hosts:
         """Connect to a server that is a primary and not an old one."""
         async with asyncio.timeout(HOST_SECONDS_MAX):
             # `primary` and not `read-write`: our own sessions may be read-only.
-            connection = await asyncpg.connect(
-                self._url,
-                host=address.host,
-                port=address.port,
-                target_session_attrs=SessionAttribute.primary,
-                **options,
-            )
+            try:
+                connection = await asyncpg.connect(
+                    self._url,
+                    host=address.host,
+                    port=address.port,
+                    target_session_attrs=SessionAttribute.primary,
+                    **options,
+                )
+            except asyncpg.TargetServerAttributeNotMatched as error:
+                raise NoPrimary("is a replica") from error
             try:
                 standing = await self._standing_of(connection)
             except BaseException:

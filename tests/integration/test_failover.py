@@ -172,7 +172,8 @@ async def test_all_follow_when_the_primary_is_killed(pair: Pair) -> None:
         assert (await gateway.get(CURRENT)).status == 503
 
         async def is_noticed() -> bool:
-            return "no primary" in str(await followers.reads.check())
+            problem = str(await followers.reads.check())
+            return problem.startswith("no primary: ") and problem.endswith("is a replica")
 
         await eventually(is_noticed)
         await asyncio.to_thread(promote, pair.replica)
