@@ -101,6 +101,30 @@ def replica_of(
         _stop(process, signal.SIGINT)
 
 
+def replicate_synchronously(primary: Server) -> None:
+    """Let every commit of `primary` wait until a replica has it on disk; there must be one."""
+    _execute(primary.url, "ALTER SYSTEM SET synchronous_standby_names = '*'")
+    _execute(primary.url, "SELECT pg_reload_conf()")
+    deadline = time.monotonic() + START_SECONDS_MAX
+    while "sync" not in _execute(primary.url, "SELECT sync_state FROM pg_stat_replication").split():
+        if time.monotonic() > deadline:
+            raise ServerFailed("no replica follows the primary synchronously")
+        time.sleep(_POLL_SECONDS)
+
+
+def promote(replica: Server) -> None:
+    """Make the replica a primary; returns when it accepts writes."""
+    if _execute(replica.url, "SELECT pg_promote()") != "t":
+        raise ServerFailed(f"the replica was not promoted (log: {replica.log})")
+
+
+def joined_url(*servers: Server) -> str:
+    """Return the URL that names all of these servers of one cluster, in this order."""
+    parts = [urlsplit(server.url) for server in servers]
+    hosts = ",".join(part.netloc.rpartition("@")[2] for part in parts)
+    return urlunsplit(parts[0]._replace(netloc=f"{parts[0].netloc.rpartition('@')[0]}@{hosts}"))
+
+
 @contextmanager
 def nats_server(folder: Path, *, port: int | None = None) -> Iterator[Server]:
     """Run nats-server with JetStream, its data and log in `folder`, on `port` or a free one."""
@@ -319,6 +343,14 @@ def _create_database(port: int, password: str) -> None:
             )
             raise ServerFailed(f"PostgreSQL does not answer: {problem}")
         time.sleep(_POLL_SECONDS)
+
+
+def _execute(url: str, statement: str) -> str:
+    command = [_postgres_binary("psql"), "--no-psqlrc", "--quiet", "-tA", "-v", "ON_ERROR_STOP=1", url]
+    done = subprocess.run([*command, "-c", statement], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ServerFailed(f"PostgreSQL refused {statement!r}: {done.stderr.strip()}")
+    return done.stdout.strip()
 
 
 def _accepts(port: int, process: subprocess.Popen[bytes]) -> bool:

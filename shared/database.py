@@ -1,25 +1,40 @@
 """PostgreSQL: a pool as a context manager, deadlines on every statement, and what counts as unavailable."""
 
 import asyncio
+import re
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
-from typing import Any, Protocol, TypeAlias, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Any, NoReturn, Protocol, TypeAlias, TypeVar
+from weakref import WeakSet
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
+from asyncpg.transaction import Transaction
+from prometheus_client import REGISTRY, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from shared import clock, logs
 from shared.deadlines import Deadlines
+from shared.hosts import Hosts, NoPrimary, ServerConnection, hosts_of
 
 SCHEMA_REVISION = "0003"
 """The migration that this code needs; a database may be ahead of it."""
 
-CONNECT_TIMEOUT_SECONDS = 3.0
+CONNECT_TIMEOUT_SECONDS = 2.5
+"""What a statement waits for its connection at most: for its turn, and for a new one to be made."""
 STATEMENT_TIMEOUT_SECONDS = 2.0
+CANCEL_SECONDS_MAX = 1.0
+"""How long a server may take to confirm that a statement was cut off; then its connection is ended."""
 CHECK_TIMEOUT_SECONDS = 1.0
 CLOSE_SECONDS_MAX = 1.0
 """What connections may take to close at the end; those of a server that does not answer are then ended."""
+WATCH_SECONDS = 2.0
+"""How often a pool of several servers sees whether its primary answers."""
+LOOK_EVERY_SECONDS = 30.0
+"""How often it sees whether another one has become the primary, although its own answers."""
 IDLE_SECONDS_MAX = 300.0
 """A connection that nobody has used for so long is ended."""
 
@@ -29,10 +44,21 @@ LISTEN_PAUSE_SECONDS = 0.5
 _KEEPALIVE = {"tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3"}
 
 Connection = PoolConnectionProxy
-NewConnection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+NewConnection: TypeAlias = ServerConnection
 """One that the pool does not lend yet."""
 T = TypeVar("T")
 log = logs.get_logger()
+unavailable = Counter(
+    "database_unavailable",
+    "Statements that PostgreSQL did not carry out, by pool and reason",
+    ["pool", "reason"],
+)
+turn_seconds = Histogram(
+    "database_turn_seconds",
+    "Time that statements waited for a connection while all were in use",
+    ["pool"],
+    buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, CONNECT_TIMEOUT_SECONDS),
+)
 
 
 class DatabaseUnavailable(Exception):
@@ -59,6 +85,8 @@ _UNAVAILABLE = (
     asyncpg.ObjectNotInPrerequisiteStateError,
     asyncpg.InterfaceError,
     asyncpg.PostgresSystemError,
+    asyncpg.InvalidCachedStatementError,  # inside a transaction, after a migration; else the driver prepares it anew
+    NoPrimary,
 )
 # Programming errors that asyncpg derives from InterfaceError.
 _NOT_UNAVAILABLE = (ValueError, asyncpg.UnsupportedClientFeatureError)
@@ -70,7 +98,41 @@ _CONNECTION_GONE = (
     asyncpg.CrashShutdownError,
     asyncpg.InternalClientError,
 )
+# One that has ended without that being read yet, or whose server is a primary no more.
+_USELESS = (asyncpg.InternalClientError, asyncpg.ReadOnlySQLTransactionError)
+_CUT_OFF = (TimeoutError, asyncio.CancelledError)
+_CANNOT_WRITE = (asyncpg.ReadOnlySQLTransactionError, asyncpg.DiskFullError, asyncpg.PostgresSystemError)
 _SCHEMA_MISSING = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError)
+_WRITES = re.compile(r"\b(INSERT|UPDATE|DELETE)\b")
+# In metrics: the first that fits.
+_REASONS: tuple[tuple[str, tuple[type[Exception], ...]], ...] = (
+    ("no_answer", (TimeoutError, asyncpg.QueryCanceledError)),
+    ("no_primary", (NoPrimary,)),
+    ("read_only", (asyncpg.ReadOnlySQLTransactionError,)),
+    ("starting_or_stopping", (asyncpg.OperatorInterventionError,)),
+    ("no_room", (asyncpg.InsufficientResourcesError, asyncpg.PostgresSystemError)),
+    (
+        "conflict",
+        (
+            asyncpg.TransactionRollbackError,
+            asyncpg.ObjectNotInPrerequisiteStateError,
+            asyncpg.InvalidCachedStatementError,
+        ),
+    ),
+    (
+        "refused",
+        (
+            ConnectionRefusedError,
+            asyncpg.InvalidAuthorizationSpecificationError,
+            asyncpg.InvalidCatalogNameError,
+        ),
+    ),
+    ("lost", (Exception,)),
+)
+
+
+class _NoTurn(TimeoutError):
+    """All connections were in use for too long."""
 
 
 def _named(error: Exception) -> Exception:
@@ -80,74 +142,109 @@ def _named(error: Exception) -> Exception:
     if isinstance(error, _SCHEMA_MISSING):
         return SchemaMissing(f"{error}: run `alembic upgrade head`")
     if isinstance(error, _UNAVAILABLE):
-        return DatabaseUnavailable(str(error) or type(error).__name__)
+        return DatabaseUnavailable(_words(error))
     return error
+
+
+def _words(error: Exception) -> str:
+    return str(error) or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, _NoTurn):
+        return "no_turn"
+    return next(reason for reason, kinds in _REASONS if isinstance(error, kinds))
 
 
 class Database:
     """A pool of connections; every statement has a deadline, and one second try when its connection was gone.
 
-    All statements of this project may run twice without harm, which makes the second try safe.
+    All statements of this project may run twice without harm, which makes the second try safe. Both tries together,
+    with the wait for a connection, take no longer than CONNECT_TIMEOUT_SECONDS and the statement's own timeout.
     Methods raise DatabaseUnavailable or SchemaMissing; any other error is a bug in the statement or its data.
     """
 
     def __init__(
         self,
         pool: "asyncpg.Pool[asyncpg.Record]",
+        hosts: Hosts,
         connections_max: int,
         *,
+        name: str,
         keeps_connections: bool,
         answer_seconds_max: float,
     ) -> None:
         self._pool = pool
+        self._hosts = hosts
+        self.name = name
+        self.connections_max = connections_max
         self._answer_seconds_max = answer_seconds_max
         self._turns_free = connections_max
         self._waiting: deque[asyncio.Future[Connection | None]] = deque()
         self._patience = Deadlines(CONNECT_TIMEOUT_SECONDS, _give_up)
+        self._turn_seconds = turn_seconds.labels(name)
         # The pool makes two tasks and three timers of each lending. Connections that need no reset are therefore not
         # returned to it after a statement that went well, but handed to the next statement. Those kept and those
         # at work are together never more than `connections_max`, so the pool always has one for whoever gets none.
         self._keeps_connections = keeps_connections
         self._kept: list[Connection] = []
         self._idle = Deadlines(IDLE_SECONDS_MAX, self._end)
+        self._clearing: set[asyncio.Task[None]] = set()
+        self._cannot_write: str | None = None
 
     async def fetch(
         self, statement: str, *args: object, timeout: float | None = None
     ) -> list[asyncpg.Record]:
         seconds = timeout or self._answer_seconds_max
-        return await self.run(lambda connection: connection.fetch(statement, *args, timeout=seconds))
+        rows = await self.run(lambda connection: connection.fetch(statement, *args, timeout=seconds), seconds)
+        if self._cannot_write is not None:
+            self._learn_of(statement)
+        return rows
 
     async def fetch_row(
         self, statement: str, *args: object, timeout: float | None = None
     ) -> asyncpg.Record | None:
         seconds = timeout or self._answer_seconds_max
-        return await self.run(lambda connection: connection.fetchrow(statement, *args, timeout=seconds))
+        row = await self.run(
+            lambda connection: connection.fetchrow(statement, *args, timeout=seconds), seconds
+        )
+        if self._cannot_write is not None:
+            self._learn_of(statement)
+        return row
 
     async def fetch_value(self, statement: str, *args: object, timeout: float | None = None) -> Any:
         seconds = timeout or self._answer_seconds_max
-        return await self.run(lambda connection: connection.fetchval(statement, *args, timeout=seconds))
+        value = await self.run(
+            lambda connection: connection.fetchval(statement, *args, timeout=seconds), seconds
+        )
+        if self._cannot_write is not None:
+            self._learn_of(statement)
+        return value
 
-    async def run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
-        """Run `work` with a connection of the pool; twice when the first connection turned out to be gone."""
+    async def run(
+        self, work: Callable[[Connection], Awaitable[T]], seconds_max: float = STATEMENT_TIMEOUT_SECONDS
+    ) -> T:
+        """Run `work` with a connection of the pool; twice when the first connection turned out to be gone.
+
+        `work` sees to it that it takes no longer than `seconds_max`.
+        """
+        began_at = time.monotonic()
         try:
             try:
-                return await self._attempt(work)
+                return await self._attempt(work, began_at)
             except _CONNECTION_GONE:
-                return await self._attempt(work)
+                remaining = began_at + CONNECT_TIMEOUT_SECONDS + seconds_max - time.monotonic()
+                async with asyncio.timeout(remaining):
+                    return await self._attempt(work, time.monotonic())
         except Exception as error:
-            named = _named(error)
-            if named is error:
-                raise
-            raise named from error
+            self._raise(error)
 
-    async def _attempt(self, work: Callable[[Connection], Awaitable[T]]) -> T:
-        connection = await self._borrow()
+    async def _attempt(self, work: Callable[[Connection], Awaitable[T]], began_at: float) -> T:
+        connection = await self._borrow(began_at)
         try:
             result = await work(connection)
         except BaseException as error:
-            if isinstance(error, asyncpg.InternalClientError):
-                connection.terminate()  # the server has ended it, but its end has not been read yet
-            await self._give_back(connection)
+            await self._return_after(error, connection)
             raise
         if self._keeps_connections:
             self._pass_turn(connection)
@@ -155,25 +252,82 @@ class Database:
             await self._give_back(connection)
         return result
 
-    async def _borrow(self) -> Connection:
+    def _raise(self, error: Exception) -> NoReturn:
+        """Raise the error under the name that callers can act on, and remember what operators want to see."""
+        named = _named(error)
+        if named is not error and isinstance(named, DatabaseUnavailable):
+            unavailable.labels(self.name, _reason(error)).inc()
+            if isinstance(error, _CANNOT_WRITE):
+                self._cannot_write = str(named)
+        if named is error:
+            raise error
+        raise named from error
+
+    def _learn_of(self, statement: str) -> None:
+        """Learn that the statement went well: if it writes, writing is possible again."""
+        if _WRITES.search(statement):
+            self._cannot_write = None
+
+    async def _borrow(self, began_at: float) -> Connection:
         """Wait for a turn, and return a connection; whoever gets it gives it back or passes it on."""
         kept = await self._turn()
         if kept is not None and _is_open(kept):
             return kept
         try:
             if kept is not None:
-                await self._pool.release(kept)
-            return await self._pool.acquire(timeout=CONNECT_TIMEOUT_SECONDS)
+                await self._release(kept)
+            return await self._pool.acquire(timeout=began_at + CONNECT_TIMEOUT_SECONDS - time.monotonic())
         except BaseException:
             self._pass_turn(None)
             raise
 
+    async def _release(self, connection: Connection) -> None:
+        """Let the pool have its connection back; it ends one that it cannot clean in time."""
+        with suppress(*_UNAVAILABLE):
+            await self._pool.release(connection, timeout=CANCEL_SECONDS_MAX)
+
     async def _give_back(self, connection: Connection) -> None:
-        """Return the connection to the pool, which cleans it or ends it, and pass the turn."""
+        """Return the connection to the pool, and pass the turn."""
         try:
-            await self._pool.release(connection)
+            await self._release(connection)
         finally:
             self._pass_turn(None)
+
+    async def _return_after(
+        self, error: BaseException, connection: Connection, transaction: Transaction | None = None
+    ) -> None:
+        """Return a connection on which `error` happened, its transaction undone."""
+        if isinstance(error, _CUT_OFF):
+            # The server is told, which takes seconds if it is frozen: nobody waits for that.
+            clearing = asyncio.create_task(self._clear(connection, transaction))
+            self._clearing.add(clearing)
+            clearing.add_done_callback(self._clearing.discard)
+            return
+        try:
+            if isinstance(error, _USELESS):
+                _terminate(connection)
+            elif transaction is not None and _is_open(connection):
+                # Where this fails, the server has undone it already.
+                with suppress(*_UNAVAILABLE):
+                    await transaction.rollback()
+        finally:
+            await self._give_back(connection)
+        if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+            await self._hosts.look()
+
+    async def _clear(self, connection: Connection, transaction: Transaction | None) -> None:
+        """Return a connection whose statement was cut off. If its server is silent, all idle ones are ended as well."""
+        try:
+            async with asyncio.timeout(CANCEL_SECONDS_MAX):
+                if transaction is not None and _is_open(connection):
+                    await transaction.rollback()
+                await self._pool.release(connection)
+        except _UNAVAILABLE:
+            _terminate(connection)
+            await self._end_idle()
+        finally:
+            await self._give_back(connection)
+        await self._hosts.look()
 
     async def _turn(self) -> Connection | None:
         """Wait for a turn, in the order of arrival; return the kept connection that comes with it, if there is one.
@@ -190,6 +344,7 @@ class Database:
         waiter: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
         self._patience.start(waiter)
+        since = time.monotonic()
         try:
             return await waiter
         except asyncio.CancelledError:
@@ -198,6 +353,7 @@ class Database:
             raise
         finally:
             self._patience.end(waiter)
+            self._turn_seconds.observe(time.monotonic() - since)
 
     def _pass_turn(self, connection: Connection | None) -> None:
         """End a turn: it goes, with its connection, to the first who waits."""
@@ -217,30 +373,76 @@ class Database:
         if _is_open(connection):
             connection.terminate()
 
+    async def _end_idle(self) -> None:
+        """End all connections that are not in use."""
+        for connection in self._kept[:]:
+            self._idle.end(connection)
+            self._end(connection)
+        await self._pool.expire_connections()
+
     async def close(self) -> None:
         """Wait until all statements have ended, and close the pool."""
         self._keeps_connections = False
         while self._kept:
             connection = self._kept.pop()
             self._idle.end(connection)
-            await self._pool.release(connection)
+            await self._release(connection)
+        if self._clearing:
+            await asyncio.wait(self._clearing)
         await self._pool.close()
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """Hold a connection inside a transaction that commits at the end of the block."""
         try:
-            connection = await self._borrow()
+            connection, transaction = await self._begin()
             try:
-                async with connection.transaction():
-                    yield connection
-            finally:
-                await self._give_back(connection)
-        except Exception as error:
-            named = _named(error)
-            if named is error:
+                yield connection
+            except BaseException as error:
+                await self._return_after(error, connection, transaction)
                 raise
-            raise named from error
+            try:
+                await transaction.commit()
+            except BaseException as error:
+                await self._return_after(error, connection)
+                raise
+            self._cannot_write = None
+            await self._give_back(connection)
+        except Exception as error:
+            self._raise(error)
+
+    async def transact(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        """Run `work` in a transaction of its own; twice when the connection was gone, so it must do no harm twice."""
+
+        async def attempt() -> T:
+            async with self.transaction() as connection:
+                return await work(connection)
+
+        try:
+            return await attempt()
+        except DatabaseUnavailable as error:
+            # Between two statements the driver says of a lost connection that it is closed, which is an InterfaceError.
+            if not isinstance(error.__cause__, (*_CONNECTION_GONE, asyncpg.InterfaceError)):
+                raise
+        return await attempt()
+
+    async def _begin(self) -> tuple[Connection, Transaction]:
+        """Borrow a connection and begin a transaction on it; on another one when the first turned out to be gone."""
+        began_at = time.monotonic()
+        try:
+            return await self._begin_on(await self._borrow(began_at))
+        except _CONNECTION_GONE:
+            return await self._begin_on(await self._borrow(began_at))
+
+    async def _begin_on(self, connection: Connection) -> tuple[Connection, Transaction]:
+        transaction = connection.transaction()
+        try:
+            await transaction.start()
+        except BaseException as error:
+            _terminate(connection)  # the pool would mind the transaction that has half begun
+            await self._return_after(error, connection)
+            raise
+        return connection, transaction
 
     @property
     def connections_open(self) -> int:
@@ -251,12 +453,16 @@ class Database:
         return self._pool.get_idle_size() + len(self._kept)
 
     async def check(self) -> str | None:
-        """Return None when the database answers, else why not. For readiness."""
+        """Return None when the database does what this pool is for, else why not. For readiness."""
         try:
-            await self.fetch_value("SELECT 1", timeout=CHECK_TIMEOUT_SECONDS)
+            is_read_only = await self.fetch_value(_IS_READ_ONLY, timeout=CHECK_TIMEOUT_SECONDS)
         except DatabaseUnavailable as error:
             return str(error)
-        return None
+        if self._keeps_connections:  # which only reads
+            return None
+        if is_read_only:
+            return "cannot write: the server is read-only"
+        return self._cannot_write and f"cannot write: {self._cannot_write}"
 
     async def check_schema(self) -> str | None:
         """Return None when the schema is at least the one that this code needs, else what is missing."""
@@ -273,9 +479,51 @@ class Database:
         return None
 
 
+_IS_READ_ONLY = "SELECT current_setting('transaction_read_only')::boolean"
+_open_pools: WeakSet[Database] = WeakSet()
+
+
+async def _watch(database: Database, hosts: Hosts) -> None:
+    """Follow the primary also while nobody connects, or while all wait for one that does not answer."""
+    looked_at = time.monotonic()
+    while True:
+        await asyncio.sleep(WATCH_SECONDS)
+        problem = await database.check()
+        if problem is not None or time.monotonic() - looked_at > LOOK_EVERY_SECONDS:
+            looked_at = time.monotonic()
+            await hosts.look()
+
+
+class _Connections(Collector):
+    """Counts the connections of all pools when somebody asks."""
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        counts = GaugeMetricFamily(
+            "database_connections", "Connections to PostgreSQL, by pool and state", labels=["pool", "state"]
+        )
+        bounds = GaugeMetricFamily(
+            "database_connections_max", "The most connections that a pool opens", labels=["pool"]
+        )
+        for database in list(_open_pools):
+            idle = database.connections_idle
+            counts.add_metric([database.name, "in_use"], database.connections_open - idle)
+            counts.add_metric([database.name, "idle"], idle)
+            bounds.add_metric([database.name], database.connections_max)
+        yield counts
+        yield bounds
+
+
+REGISTRY.register(_Connections())
+
+
 def _give_up(waiter: asyncio.Future[Connection | None]) -> None:
     if not waiter.done():
-        waiter.set_exception(TimeoutError("no connection became free in time"))
+        waiter.set_exception(_NoTurn("no connection became free in time"))
+
+
+def _terminate(connection: Connection) -> None:
+    if _is_open(connection):
+        connection.terminate()
 
 
 def _is_open(connection: Connection) -> bool:
@@ -308,8 +556,14 @@ async def connect(
     the server refuses to write, and a connection goes to the next statement without the reset that costs a round trip.
     `admit` sees every new connection first; what it raises ends the connection, and the statement that wanted it.
     """
+    hosts = hosts_of(url)
+
+    async def make_connection(dsn: str | None = None, **options: Any) -> NewConnection:  # noqa: ARG001 - the pool's
+        return await hosts.connect(**options)
+
     pool = asyncpg.create_pool(
         url,
+        connect=make_connection,
         min_size=0,
         max_size=connections_max,
         max_inactive_connection_lifetime=IDLE_SECONDS_MAX,
@@ -330,11 +584,22 @@ async def connect(
     )
     async with pool:
         database = Database(
-            pool, connections_max, keeps_connections=reads_only, answer_seconds_max=answer_seconds_max
+            pool,
+            hosts,
+            connections_max,
+            name=application_name,
+            keeps_connections=reads_only,
+            answer_seconds_max=answer_seconds_max,
         )
+        _open_pools.add(database)
+        watching = asyncio.create_task(_watch(database, hosts)) if hosts.are_several else None
         try:
             yield database
         finally:
+            _open_pools.discard(database)
+            if watching is not None:
+                watching.cancel()
+                await asyncio.wait([watching])
             try:
                 async with asyncio.timeout(CLOSE_SECONDS_MAX):
                     await database.close()
@@ -363,13 +628,13 @@ async def listen(
 
     It has a connection of its own, made again whenever it is lost or the server does not answer in time.
     """
+    hosts = hosts_of(url)
     problem: str | None = None
     while not stop.is_set():
         connection: NewConnection | None = None
         hears = False
         try:
-            connection = await asyncpg.connect(
-                url,
+            connection = await hosts.connect(
                 timeout=CONNECT_TIMEOUT_SECONDS,
                 command_timeout=CHECK_TIMEOUT_SECONDS,
                 server_settings={"application_name": application_name, **_KEEPALIVE},

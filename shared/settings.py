@@ -32,8 +32,8 @@ def _checked_servers(value: SecretStr) -> SecretStr:
 def _checked_database(value: SecretStr) -> SecretStr:
     parts = urlsplit(value.get_secret_value())
     hosts = parts.netloc.rpartition("@")[2].split(",")  # several hosts are one URL
-    single_port_wrong = len(hosts) == 1 and not _has_port(parts)
-    if parts.scheme != "postgresql" or not (parts.netloc or "host=" in parts.query) or single_port_wrong:
+    ports_are_right = all(_has_port(urlsplit(f"//{host}")) for host in hosts)
+    if parts.scheme != "postgresql" or not (parts.netloc or "host=" in parts.query) or not ports_are_right:
         raise ValueError("must be a URL like postgresql://user:password@host:5432/database")
     return value
 
@@ -114,7 +114,8 @@ class ServiceSettings(BusSettings):
     """What every service has: its database, its bus, its health port."""
 
     database_url: DatabaseUrl = Field(
-        description="PostgreSQL 16 or later, `postgresql://user:password@host:port/database`."
+        description="PostgreSQL 16 or later, `postgresql://user:password@host:port/database`; "
+        "of several hosts, commas between, the primary."
     )
     health_host: str = Field(default="0.0.0.0", description="Address that the health port listens on.")  # noqa: S104
 

@@ -9,7 +9,7 @@ import asyncpg
 
 from services.price_feeder.trades import LastTrade
 from shared import refreshes
-from shared.database import Database
+from shared.database import Connection, Database
 from shared.messages import PriceTick
 from shared.refreshes import Kind
 
@@ -270,9 +270,12 @@ async def grant_refresh(
 
     Raises Refused for an unknown or deactivated user, and for a request within `cooldown` of the last one.
     """
-    async with database.transaction() as connection:
+
+    async def grant(connection: Connection) -> list[str]:
         await refreshes.grant(connection, Kind.PRICES, user_id, requested_at, cooldown)
         return [row["ticker"] for row in await connection.fetch(SYMBOLS_OF_USER, user_id)]
+
+    return await database.transact(grant)
 
 
 async def cached_prices(database: Database, symbols: Sequence[str]) -> dict[str, CachedPrice]:

@@ -193,18 +193,22 @@ async def take_requested_snapshot(
     The same request again finds what the first one stored. Raises Refused for an unknown or deactivated user and for a
     request within `cooldown` of the last one, DatabaseUnavailable or SchemaMissing; nothing is stored or counted then.
     """
+
+    async def take(connection: Connection) -> tuple[SnapshotTaken, bool]:
+        await refreshes.grant(connection, Kind.SNAPSHOT, user_id, requested_at, cooldown)
+        stored = await connection.fetchrow(STORED_SNAPSHOT, user_id, requested_at)
+        added = stored is None
+        if stored is None:
+            await connection.fetchrow(TAKE_ONE_SNAPSHOT, requested_at, user_id)
+            stored = await connection.fetchrow(STORED_SNAPSHOT, user_id, requested_at)
+        if stored is None:
+            raise Refused(403, "the user is deactivated")  # a moment ago
+        return SnapshotTaken(**stored), added
+
     was_without_partition = False
     for _ in range(TAKE_ATTEMPTS_MAX):
         try:
-            async with database.transaction() as connection:
-                await refreshes.grant(connection, Kind.SNAPSHOT, user_id, requested_at, cooldown)
-                stored = await connection.fetchrow(STORED_SNAPSHOT, user_id, requested_at)
-                added = stored is None
-                if stored is None:
-                    await connection.fetchrow(TAKE_ONE_SNAPSHOT, requested_at, user_id)
-                    stored = await connection.fetchrow(STORED_SNAPSHOT, user_id, requested_at)
-                if stored is None:
-                    raise Refused(403, "the user is deactivated")  # a moment ago
+            return await database.transact(take)
         except asyncpg.UniqueViolationError:  # a slot's snapshot of the same microsecond came between
             continue
         except asyncpg.CheckViolationError:
@@ -212,8 +216,6 @@ async def take_requested_snapshot(
                 raise  # it is something else
             was_without_partition = True
             await make_partitions(database, requested_at, requested_at)
-        else:
-            return SnapshotTaken(**stored), added
     raise DatabaseUnavailable("others stored this snapshot all the while")
 
 

@@ -62,7 +62,7 @@ class Watched(Database):
         await self.open.wait()  # the answer is on its way
         return row
 
-    async def run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+    async def run(self, work: Callable[[Connection], Awaitable[T]], seconds_max: float = 0) -> T:
         raise AssertionError("a chart is read row by row")
 
     def taken(self) -> list[str]:

@@ -174,7 +174,7 @@ async def test_database_that_is_not_there_gives_503_at_once() -> None:
 
 async def test_database_stopped_and_started_again_is_found_again(tmp_path: Path) -> None:
     with postgres(tmp_path) as server:
-        port = str(urlsplit(server.url).port)
+        port = urlsplit(server.url).port
         subprocess.run(
             [sys.executable, "-m", "alembic", "upgrade", "head"],
             cwd=ROOT,
@@ -190,25 +190,8 @@ async def test_database_stopped_and_started_again_is_found_again(tmp_path: Path)
             await asyncio.to_thread(server.process.wait, 15)
             assert unavailable(await gateway.get(CURRENT))
             assert unavailable(await gateway.get(CHART))
-            with restarted(tmp_path, port):
+            with postgres(tmp_path, port=port):
                 await eventually(lambda: is_served(gateway), timeout=10)
-
-
-@contextmanager
-def restarted(folder: Path, port: str) -> Iterator[None]:
-    """Start the stopped server again on the port that it had."""
-    from local import servers
-
-    command = [servers._postgres_binary("postgres"), "-D", str(folder / "data"), "-p", port]
-    command += ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
-    process = subprocess.Popen(
-        servers._as_postgres_user(command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/"
-    )
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(15)
 
 
 async def test_database_without_the_tables_gives_503(database: Database, database_url: str) -> None:

@@ -45,7 +45,8 @@ def test_all_errors_are_said_at_once_and_name_their_variable(monkeypatch: pytest
 
 def test_a_missing_setting_is_explained() -> None:
     assert problems() == [
-        "DATABASE_URL is not set: PostgreSQL 16 or later, `postgresql://user:password@host:port/database`."
+        "DATABASE_URL is not set: PostgreSQL 16 or later, `postgresql://user:password@host:port/database`; "
+        "of several hosts, commas between, the primary."
     ]
 
 
