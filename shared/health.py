@@ -36,8 +36,17 @@ async def readiness(checks: Mapping[str, Check]) -> dict[str, str]:
     return dict(zip(checks, results, strict=True))
 
 
-def routes(service: str, checks: Mapping[str, Check]) -> list[web.RouteDef]:
-    """Return the routes `/healthz` and `/readyz`."""
+def _nothing() -> None:
+    return None
+
+
+def routes(
+    service: str, checks: Mapping[str, Check], leaving: Callable[[], str | None] = _nothing
+) -> list[web.RouteDef]:
+    """Return the routes `/healthz` and `/readyz`.
+
+    `leaving` says why no more work is to be sent here, when that is so: then nothing is checked or remembered.
+    """
 
     async def healthz(_: web.Request) -> web.Response:
         return web.json_response({"service": service, "status": "ok"})
@@ -48,6 +57,9 @@ def routes(service: str, checks: Mapping[str, Check]) -> list[web.RouteDef]:
 
     async def readyz(_: web.Request) -> web.Response:
         nonlocal remembered, until
+        if reason := leaving():
+            body = {"service": service, "status": "not ready", "checks": {"draining": reason}}
+            return web.json_response(body, status=503)
         async with asking:  # however many ask, the database is asked once a second
             if time.monotonic() >= until:
                 remembered = await readiness(checks)
@@ -65,10 +77,16 @@ async def _metrics(_: web.Request) -> web.Response:
 
 
 @asynccontextmanager
-async def serving(service: str, host: str, port: int, checks: Mapping[str, Check]) -> AsyncIterator[None]:
+async def serving(
+    service: str,
+    host: str,
+    port: int,
+    checks: Mapping[str, Check],
+    leaving: Callable[[], str | None] = _nothing,
+) -> AsyncIterator[None]:
     """Serve the three routes while the block runs. Raises OSError when the port is taken."""
     app = web.Application(client_max_size=1024)
-    app.add_routes([*routes(service, checks), web.get("/metrics", _metrics)])
+    app.add_routes([*routes(service, checks, leaving), web.get("/metrics", _metrics)])
     runner = web.AppRunner(
         app, access_log=None, keepalive_timeout=15.0, lingering_time=0.0, shutdown_timeout=1.0
     )
