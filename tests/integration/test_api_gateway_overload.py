@@ -214,9 +214,8 @@ async def test_connection_too_many_is_closed_and_those_there_are_go_on(
             assert sample("gateway_connections_open") < 3
             async with aiohttp.ClientSession() as session:
                 answer = await Gateway(gateway.port, session).get("/readyz", None)
-            return answer.json()["checks"]["connections"].startswith(
-                "too many connections, new ones closed: 1 "
-            )
+            note: str = answer.json()["checks"]["connections"]
+            return note.startswith("too many connections, new ones closed: 1 ")
 
         await eventually(is_let_in)
         for _, writer in connections:
