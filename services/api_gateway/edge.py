@@ -184,7 +184,7 @@ class Edge:
             return await self.handler(request), None
         except Problem as error:
             # Not kept in a variable: its traceback holds this frame, and both would wait for the garbage collector.
-            return error.response(request_id), _reason(error.__cause__)
+            return error.answer(request_id), _reason(error.__cause__)
         except web.HTTPException as error:
             problem, reason = problems.of_http_exception(error), None
         except (DatabaseUnavailable, SchemaMissing) as error:

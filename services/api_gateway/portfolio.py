@@ -50,9 +50,9 @@ async def current(request: web.Request) -> Finished:
     """Answer `GET /api/portfolio/current`."""
     subject = (await identity(request)).subject
     parameters(request, allowed=())
-    now = utc_now()
-    moment = market_moment(request.app[CALENDAR].hours, now)
     with request.app[ADMISSION].place():
+        now = utc_now()
+        moment = market_moment(request.app[CALENDAR].hours, now)
         found = await queries.current_portfolio(request.app[DATABASE], subject, now, moment)
     if found is None:
         raise problems.user_unknown()
