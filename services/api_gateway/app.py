@@ -119,6 +119,7 @@ async def serving(
     app[streams.LIVE] = watched
     app[streams.PACE] = Pace()
     app[streams.BUS] = resources.bus
+    app[streams.BUS_SECONDS_MAX] = settings.request_timeout_seconds / 2
     app[refreshes.SECONDS_MAX] = settings.request_timeout_seconds
     app[streams.ALLOWED_ORIGINS] = frozenset(settings.cors_allowed_origins)
     app[streams.PLACES] = Places(settings.gateway_streams_max)
