@@ -20,10 +20,10 @@ from services.api_gateway.refusals import refused
 
 WAIT_SECONDS_MAX = 0.1
 """Nobody is let in who would wait for longer."""
-FEW, FEW_SECONDS = 64, 0.5
+FEW, FEW_SECONDS = 64, 1.0
 """So few are let in while nobody of them has waited for longer than that, whatever was learnt before."""
 BURST_SECONDS = 0.1
-BURST_MAX = 512
+BURST_MAX = 256
 """So many may come at once, as after a pause, while nobody of them has waited for longer than that."""
 PLACE_SECONDS_AT_FIRST = 0.002
 LEARNING_SHARE = 1 / 32

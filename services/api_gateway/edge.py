@@ -24,7 +24,7 @@ from services.api_gateway import finished, problems
 from services.api_gateway.finished import Finished, Kind
 from services.api_gateway.leaving import Leaving
 from services.api_gateway.problems import Problem
-from services.api_gateway.refusals import HOLD_SECONDS_MAX, Holding, refused
+from services.api_gateway.refusals import HOLD_SECONDS_MAX, PAID_SECONDS, Holding, refused
 from shared import logs
 from shared.database import DatabaseUnavailable, SchemaMissing
 from shared.deadlines import Deadlines
@@ -128,9 +128,14 @@ class Edge:
         finally:
             self._in_flight -= 1
         path = request.path
-        is_held = response.status >= 400 and path not in ALWAYS_ANSWERED and self._holding.is_to_be_held()
+        is_held = (
+            response.status >= 400
+            and path not in ALWAYS_ANSWERED
+            and time.perf_counter() - started < PAID_SECONDS
+            and self._holding.is_to_be_held()
+        )
         if is_held:
-            await self._holding.hold()
+            await self._holding.hold(request)
         response = self._finish(response, request_id, request)
         self._record(
             request.method,

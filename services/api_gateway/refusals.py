@@ -7,6 +7,7 @@ repeats at once what was refused, over as many connections as it has, could take
 import asyncio
 import time
 from collections import deque
+from typing import Protocol
 
 from prometheus_client import Counter, Gauge
 
@@ -14,6 +15,8 @@ PER_SECOND = 250
 """Refusals that leave in a second, and as many at once when there were none for a second; 3 percent of a core."""
 HOLD_SECONDS_MAX = 4.0
 """Nobody is held back for longer: of more than a thousand held back more leave. Twice what `Retry-After` asks for."""
+PAID_SECONDS = 1.0
+"""A refusal that took so long leaves at once: its client has waited, and its deadline is near."""
 RELEASE_SECONDS = 0.02
 HELD_MAX = 10_000
 """A refusal beyond these leaves at once."""
@@ -55,6 +58,14 @@ class Bucket:
         return self._full_at <= now
 
 
+class Request(Protocol):
+    """What was refused."""
+
+    @property
+    def transport(self) -> object:
+        """None once its client has gone."""
+
+
 class Holding:
     """Holds back refusals that are too many at once, and lets them go one after the other.
 
@@ -64,8 +75,8 @@ class Holding:
     def __init__(self, seconds_max: float = HOLD_SECONDS_MAX) -> None:
         self._bucket = Bucket(PER_SECOND, PER_SECOND)
         self._seconds_max = seconds_max
-        self._newest_at = 0.0
-        self._held: deque[asyncio.Future[None]] = deque()
+        self._newest_at = self._released_at = 0.0
+        self._held: deque[tuple[asyncio.Future[None], Request]] = deque()
         self._releasing: asyncio.TimerHandle | None = None
         self._is_over = False
         held_back.set_function(lambda: len(self._held))
@@ -74,13 +85,14 @@ class Holding:
         """Count a refusal that is about to be sent, and tell whether it is to be held back before."""
         return self._bucket.take(time.monotonic()) > 0 and len(self._held) < HELD_MAX and not self._is_over
 
-    async def hold(self) -> None:
-        """Wait for this refusal's turn to be sent."""
+    async def hold(self, request: Request) -> None:
+        """Wait for the turn of this request's refusal to be sent."""
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
-        self._held.append(waiter)
+        self._held.append((waiter, request))
         self._newest_at = time.monotonic()
         if self._releasing is None:
+            self._released_at = self._newest_at
             self._releasing = loop.call_later(RELEASE_SECONDS, self._release_some)
         await waiter
 
@@ -89,22 +101,30 @@ class Holding:
         self._is_over = True
         if self._releasing is not None:
             self._releasing.cancel()
-        self._let_go(len(self._held))
+        while self._held:
+            self._let_go()
 
     def _release_some(self) -> None:
         """Let as many go as may, or as must for nobody to wait for too long."""
         now = time.monotonic()
-        remaining = max(self._newest_at + self._seconds_max - now, RELEASE_SECONDS)
-        count, must = 0, int(len(self._held) * RELEASE_SECONDS / remaining)
-        while count < len(self._held) and (self._bucket.take(now) == 0 or count < must):
-            count += 1
-        self._let_go(count)
+        passed, self._released_at = (
+            now - self._released_at,
+            now,
+        )  # more than asked for, when the processor is busy
+        remaining = max(self._newest_at + self._seconds_max - now, passed)
+        count, must = 0, int(len(self._held) * passed / remaining)
+        while self._held:
+            is_gone = self._held[0][1].transport is None  # its client: nobody else need wait for its turn
+            if not is_gone:
+                if self._bucket.take(now) > 0 and count >= must:
+                    break
+                count += 1
+            self._let_go()
         self._releasing = None
         if self._held:
             self._releasing = asyncio.get_running_loop().call_later(RELEASE_SECONDS, self._release_some)
 
-    def _let_go(self, count: int) -> None:
-        for _ in range(count):
-            waiter = self._held.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
+    def _let_go(self) -> None:
+        waiter, _ = self._held.popleft()
+        if not waiter.done():
+            waiter.set_result(None)

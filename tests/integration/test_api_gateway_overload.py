@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 from prometheus_client import REGISTRY
 
-from services.api_gateway import episodes, refusals
+from services.api_gateway import admission, episodes, refusals
 from shared.bus import Bus
 from shared.database import Database
 from tests.factories import create_user
@@ -47,6 +47,7 @@ async def test_excess_is_refused_at_once_and_said_and_all_is_well_after(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(episodes, "CALM_SECONDS", 0.3)
+    monkeypatch.setattr(admission, "FEW_SECONDS", 0.2)
     await create_user(database)
     refused_before = sample("gateway_requests_refused_total", reason="overload")
     async with (

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import pytest
 
@@ -86,7 +87,7 @@ async def test_slow_readings_leave_room_for_those_that_are_asked_at_once(
 
 
 async def test_burst_is_let_in_up_to_its_bound(admission: Admission) -> None:
-    assert len(taken(admission)) == 512
+    assert len(taken(admission)) == 256
 
 
 async def test_readings_that_end_make_room_at_once(admission: Admission, clock: Clock) -> None:
@@ -100,7 +101,7 @@ async def test_readings_that_end_make_room_at_once(admission: Admission, clock: 
 
 
 async def test_refusal_names_the_database_while_it_answers_nobody(admission: Admission, clock: Clock) -> None:
-    places = taken(admission, 512)
+    places = taken(admission, 256)
     clock.now += 3
     places.pop().leave(DatabaseUnavailable("away"))
     assert refusal(admission).name == "database-unavailable"
@@ -188,6 +189,11 @@ async def test_buckets_are_kept_for_so_many_users_and_no_more(
 # ---- refusals ------------------------------------------------------------------------------------
 
 
+@dataclass
+class Request:
+    transport: object = "a connection"
+
+
 def test_bucket_is_full_again_after_its_time() -> None:
     bucket = Bucket(per_second=4, burst=2)
     assert [bucket.take(10), bucket.take(10), bucket.take(10)] == [0, 0, 0.25]
@@ -202,7 +208,7 @@ async def test_refusals_beyond_the_rate_leave_one_after_the_other(monkeypatch: p
     held = []
     for _ in range(70):
         if holding.is_to_be_held():
-            held.append(asyncio.ensure_future(holding.hold()))
+            held.append(asyncio.ensure_future(holding.hold(Request())))
             await asyncio.sleep(0)
     assert 18 <= len(held) <= 20  # 50 leave at once, and one or two in the time that this takes
     done, _ = await asyncio.wait(held, return_when=asyncio.FIRST_COMPLETED)
@@ -215,16 +221,28 @@ async def test_nobody_is_held_back_for_longer_than_the_bound(monkeypatch: pytest
     monkeypatch.setattr(refusals, "PER_SECOND", 0.001)
     holding = Holding(seconds_max=0.2)
     async with asyncio.timeout(10):
-        await asyncio.gather(*(holding.hold() for _ in range(200)))
+        await asyncio.gather(*(holding.hold(Request()) for _ in range(200)))
 
 
 async def test_nothing_is_held_back_any_more_once_released(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refusals, "PER_SECOND", 0.001)
     holding = Holding(seconds_max=3600)
-    waiting = [asyncio.ensure_future(holding.hold()) for _ in range(3)]
+    waiting = [asyncio.ensure_future(holding.hold(Request())) for _ in range(3)]
     await asyncio.sleep(0)
     assert holding.is_to_be_held()
     holding.release()
     async with asyncio.timeout(10):
         await asyncio.gather(*waiting)
     assert not holding.is_to_be_held()
+
+
+async def test_nobody_waits_behind_clients_that_have_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "PER_SECOND", 0.001)
+    holding = Holding(seconds_max=3600)
+    gone = [asyncio.ensure_future(holding.hold(Request(None))) for _ in range(100)]
+    stayed = asyncio.ensure_future(holding.hold(Request()))
+    async with asyncio.timeout(10):
+        await asyncio.gather(*gone)
+    assert not stayed.done()
+    holding.release()
+    await stayed
