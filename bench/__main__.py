@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from bench import charts, gateway, rollups, snapshots, storage, streams, ticks
+from bench import charts, gateway, overload, rollups, snapshots, storage, streams, ticks
 from bench.figures import Figure, Measured, markdown, table
 from bench.plot import drawn
 from bench.progress import say
@@ -25,6 +25,7 @@ PARTS: dict[str, Callable[[Databases, Size, str], Awaitable[Measured]]] = {
     "charts": lambda server, size, _: charts.measure(server, size),
     "rollups": lambda server, size, _: rollups.measure(server, size),
     "gateway": gateway.measure,
+    "overload": overload.measure,
     "ticks": ticks.measure,
     "streams": streams.measure,
 }

@@ -161,6 +161,8 @@ def gateway_environment(database_url: str, nats_url: str) -> dict[str, str]:
         "GATEWAY_HOST": "127.0.0.1",
         "HEALTH_HOST": "127.0.0.1",
         "HEALTH_PORT": str(free_port()),
+        "USER_REQUESTS_PER_SECOND": "0",
+        "GATEWAY_DRAIN_SECONDS": "0",
         "LOG_LEVEL": "WARNING",
     }
 

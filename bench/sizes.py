@@ -30,6 +30,8 @@ class Size:
     stream_clients: int
     stream_seconds: float
     """How long that many clients watch."""
+    overload_seconds: float
+    """How long ten times too many clients ask."""
     server_settings: dict[str, str]
 
 
@@ -68,6 +70,7 @@ FULL = Size(
     tick_seconds=60,
     stream_clients=1_000,
     stream_seconds=600,
+    overload_seconds=60,
     server_settings=_LARGE,
 )
 QUICK = Size(
@@ -89,6 +92,7 @@ QUICK = Size(
     tick_seconds=10,
     stream_clients=1_000,
     stream_seconds=20,
+    overload_seconds=15,
     server_settings=_DURABLE,
 )
 MINI = Size(
@@ -110,6 +114,7 @@ MINI = Size(
     tick_seconds=2,
     stream_clients=100,
     stream_seconds=2,
+    overload_seconds=2,
     server_settings=_DURABLE | {"fsync": "off", "synchronous_commit": "off"},  # for tests, which only run it
 )
 SIZES = {size.name: size for size in (FULL, QUICK, MINI)}

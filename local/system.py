@@ -116,6 +116,7 @@ async def _start(settings: LocalSettings, stack: AsyncExitStack, stop: asyncio.E
         "HEALTH_HOST": "127.0.0.1",
         "GATEWAY_HOST": settings.gateway_host,
         "GATEWAY_PORT": str(settings.gateway_port),
+        "GATEWAY_DRAIN_SECONDS": "0",  # there is no other one to go to
         "GATEWAY_PAGE_TOKEN": token(folder, "demo") if settings.page_signs_in else "",
     }
     (folder / "logs").mkdir(exist_ok=True)

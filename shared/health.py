@@ -118,16 +118,28 @@ class Reporting:
                 log.info("check_recovered", check=check)
 
 
-def routes(service: str, checks: Mapping[str, Check]) -> list[web.RouteDef]:
-    """Return the routes `/healthz` and `/readyz`."""
-    return _routes(service, Readiness(checks))
+def _stays() -> str | None:
+    return None
 
 
-def _routes(service: str, known: Readiness) -> list[web.RouteDef]:
+def routes(
+    service: str, checks: Mapping[str, Check], leaving: Callable[[], str | None] = _stays
+) -> list[web.RouteDef]:
+    """Return the routes `/healthz` and `/readyz`.
+
+    `leaving` says why no more work is to be sent here, when that is so: then nothing is checked or remembered.
+    """
+    return _routes(service, Readiness(checks), leaving)
+
+
+def _routes(service: str, known: Readiness, leaving: Callable[[], str | None]) -> list[web.RouteDef]:
     async def healthz(_: web.Request) -> web.Response:
         return web.json_response({"service": service, "status": "ok"})
 
     async def readyz(_: web.Request) -> web.Response:
+        if reason := leaving():
+            leaver = {"service": service, "status": _STATUSES[State.FAILED], "checks": {"draining": reason}}
+            return web.json_response(leaver, status=503)
         results = await known.results()
         states = {state_of(result) for result in results.values()}
         worst = next((state for state in (State.FAILED, State.DEGRADED) if state in states), State.OK)
@@ -139,7 +151,13 @@ def _routes(service: str, known: Readiness) -> list[web.RouteDef]:
 
 @asynccontextmanager
 async def serving(
-    service: str, host: str, port: int, checks: Mapping[str, Check], *, schema: str
+    service: str,
+    host: str,
+    port: int,
+    checks: Mapping[str, Check],
+    *,
+    schema: str,
+    leaving: Callable[[], str | None] = _stays,
 ) -> AsyncIterator[None]:
     """Serve the three routes while the block runs. Raises OSError when the port is taken."""
     known = Readiness(checks, Reporting().hear)
@@ -152,7 +170,7 @@ async def serving(
             return web.Response(body=generate_latest(REGISTRY), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
         app = web.Application(client_max_size=1024)
-        app.add_routes([*_routes(service, known), web.get("/metrics", metrics)])
+        app.add_routes([*_routes(service, known, leaving), web.get("/metrics", metrics)])
         runner = web.AppRunner(
             app,
             access_log=None,

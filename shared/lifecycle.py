@@ -30,9 +30,15 @@ S = TypeVar("S", bound=LogSettings)
 log = logs.get_logger()
 
 
-def run(
-    service: str, settings_type: type[S], serve: Callable[[S, asyncio.Event], Awaitable[None]]
-) -> NoReturn:
+class Stop(asyncio.Event):
+    """Set by the first signal: come to an end. `at_once` is set by the second: wait for nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_once = asyncio.Event()
+
+
+def run(service: str, settings_type: type[S], serve: Callable[[S, Stop], Awaitable[None]]) -> NoReturn:
     """Run `serve(settings, stop)` until it returns, which it must do soon after `stop` is set; never returns.
 
     A SettingsError from `serve` means a setting that only its use could show to be wrong.
@@ -69,16 +75,18 @@ async def finish(work: Coroutine[Any, Any, object], stop: asyncio.Event, *, stop
         working.result()
 
 
-async def _supervise(loaded: S, serve: Callable[[S, asyncio.Event], Awaitable[None]]) -> int:
-    stop = asyncio.Event()
+async def _supervise(loaded: S, serve: Callable[[S, Stop], Awaitable[None]]) -> int:
+    stop = Stop()
     loop = asyncio.get_running_loop()
 
     def on_signal(name: str) -> None:
-        first = not stop.is_set()
-        stop.set()
-        if first:
+        if not stop.is_set():
+            stop.set()
             _end_at_last()  # whatever happens now
             log.info("stopping", signal=name)
+        elif not stop.at_once.is_set():
+            stop.at_once.set()
+            log.info("stopping_at_once", signal=name)
 
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, on_signal, number.name)

@@ -110,7 +110,8 @@ async def running(
     """Run a gateway; `settings` go on top of the defaults and a shared secret.
 
     Without a bus it keeps no chart, so that a test may write to the database and ask at once. Without `hours`
-    the market is open, whenever the test runs. Unless it `hears`, nobody need be there to be heard.
+    the market is open, whenever the test runs. Unless it `hears`, nobody need be there to be heard. A user may
+    ask as often as the test likes.
     """
     keeping = {} if bus else {"gateway_chart_cache_megabytes": 0}
     trust = {} if "jwt_jwks_url" in settings else {"jwt_secret": SecretStr(SECRET)}
@@ -118,7 +119,7 @@ async def running(
         database_url=SecretStr(database_url),
         gateway_host="127.0.0.1",
         gateway_port=0,
-        **{**trust, **keeping, **settings},
+        **{"user_requests_per_second": 0, **trust, **keeping, **settings},
     )
     used_bus = bus or Bus("nats://127.0.0.1:9", name="tests")  # which is not entered, and never connects
     async with (

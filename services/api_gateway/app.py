@@ -12,18 +12,24 @@ from aiohttp import web
 from prometheus_client import Gauge
 
 from services.api_gateway import charts, connections, live, openapi, pages, portfolio, refreshes, streams
+from services.api_gateway.admission import Admission
 from services.api_gateway.auth import Verifier
 from services.api_gateway.charts import Charts, News
 from services.api_gateway.clients import Places
+from services.api_gateway.connections import Connections
 from services.api_gateway.edge import Edge
+from services.api_gateway.lag import LoopLag
+from services.api_gateway.leaving import Leaving
 from services.api_gateway.live import Live, Notifications
 from services.api_gateway.pace import Pace
 from services.api_gateway.replica import Reads
 from services.api_gateway.settings import Settings
+from services.api_gateway.user_rates import UserRates
 from shared import database as databases
 from shared import health
 from shared.bus import Bus
 from shared.database import Database
+from shared.lifecycle import STOP_GRACE_SECONDS
 from shared.market_calendar import Calendar
 
 connections_open = Gauge("gateway_database_connections", "Connections to PostgreSQL, by state", ["state"])
@@ -48,6 +54,7 @@ class Served:
     news: News
     live: Live
     notifications: Notifications
+    leaving: Leaving
     checks: Mapping[str, health.Check]
 
     def heard(self, subject: str, payload: bytes) -> None:
@@ -62,6 +69,10 @@ class Served:
         self.news.resumed()
         self.live.resumed()
 
+
+CLOSE_SECONDS = 4.0
+"""Of what a service may take to its end, the part for closing what the application stands on; the requests under way
+get what the drain time leaves of the rest."""
 
 SUBJECTS = tuple(sorted({*charts.SUBJECTS, *live.SUBJECTS}))
 """What an application is to hear on the bus."""
@@ -78,9 +89,19 @@ async def serving(
     )
     connections_open.labels("idle").set_function(lambda: database.connections_idle)
     news = News()
-    watched = Live(database, resources.calendar)
+    admission = Admission(settings.gateway_database_connections)
+    rates = UserRates(settings.user_requests_per_second, settings.user_requests_burst)
+    connected = Connections(settings.gateway_connections_max)
+    leaving = Leaving()
+    watched = Live(database, resources.calendar, admission)
     notifications = Notifications(watched)
-    checks = {**resources.checks, "notifications": notifications.check}
+    checks = {
+        **resources.checks,
+        "notifications": notifications.check,
+        "load": admission.check,
+        "connections": connected.check,
+        "user_rates": rates.check_readiness,
+    }
     app = web.Application()
     app[portfolio.DATABASE] = database
     app[portfolio.VERIFIER] = resources.verifier
@@ -89,12 +110,16 @@ async def serving(
         database,
         ZoneInfo(settings.market_timezone),
         news,
+        admission,
         bytes_max=settings.gateway_chart_cache_megabytes * 1024 * 1024,
         reading_seconds_max=settings.request_timeout_seconds,
     )
+    app[portfolio.ADMISSION] = admission
+    app[portfolio.USER_RATES] = rates
     app[streams.LIVE] = watched
     app[streams.PACE] = Pace()
     app[streams.BUS] = resources.bus
+    app[streams.BUS_SECONDS_MAX] = settings.request_timeout_seconds / 2
     app[refreshes.SECONDS_MAX] = settings.request_timeout_seconds
     app[streams.ALLOWED_ORIGINS] = frozenset(settings.cors_allowed_origins)
     app[streams.PLACES] = Places(settings.gateway_streams_max)
@@ -108,7 +133,7 @@ async def serving(
             web.post("/api/portfolio/snapshots", refreshes.snapshot),
             web.post("/api/portfolio/refresh-prices", refreshes.prices),
             web.get("/api/openapi.json", openapi.served),
-            *health.routes("api_gateway", checks),
+            *health.routes("api_gateway", checks, leaving.reason),
             *pages.routes(settings.gateway_page_token, chart_library),
         ]
     )
@@ -119,9 +144,24 @@ async def serving(
         routes=frozenset(resource.canonical for resource in app.router.resources()),
         timeout_seconds=settings.request_timeout_seconds,
         allowed_origins=frozenset(settings.cors_allowed_origins),
+        leaving=leaving,
     )
-    async with connections.serving(app, settings.gateway_host, settings.gateway_port, edge_around) as port:
-        yield Served(port, news, watched, notifications, checks)
+    lag = LoopLag()
+    lag.start()
+    try:
+        async with connections.serving(
+            app,
+            settings.gateway_host,
+            settings.gateway_port,
+            edge_around,
+            connected,
+            finish_seconds_max=STOP_GRACE_SECONDS - CLOSE_SECONDS - settings.gateway_drain_seconds,
+        ) as port:
+            yield Served(port, news, watched, notifications, leaving, checks)
+    finally:
+        lag.stop()
+        for episode in (admission.overload, rates.episode, connected.episode):
+            episode.end()
 
 
 async def keep_up(settings: Settings, served: Served, bus: Bus, stop: asyncio.Event) -> None:

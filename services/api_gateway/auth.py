@@ -25,8 +25,12 @@ SUBJECT_LENGTH_MAX = 255
 REMEMBERED_SECONDS = 60.0
 REMEMBERED_TOKENS_MAX = 4096
 REMEMBERED_LENGTH_MAX = 2048
-"""A longer header is verified each time, so that what is remembered takes 8 MB at most."""
+"""A longer header is verified each time, so that what is remembered takes 10 MB at most."""
+REFUSED_SECONDS = 10.0
+"""How long a token that was refused is refused again unseen; its issuer may have a new key by then."""
+REFUSED_TOKENS_MAX = 1024
 
+_UNKNOWN_KEY = "The token is signed with a key that its issuer does not have."
 _NOT_A_SUBJECT = "The token's sub is not a subject."
 _REFUSALS = (
     (jwt.ExpiredSignatureError, TOKEN_EXPIRED, "The token has expired."),
@@ -54,6 +58,7 @@ class Verifier:
         self._issuer = issuer
         self._audience = audience
         self._remembered: OrderedDict[str, tuple[Identity, float]] = OrderedDict()
+        self._refused: OrderedDict[str, tuple[Kind, str, float]] = OrderedDict()
 
     async def check(self) -> str | None:
         """Return None when tokens can be verified, else why not. For readiness."""
@@ -66,14 +71,29 @@ class Verifier:
             remembered = self._remembered.get(authorization[0])
             if remembered is not None and time.time() < remembered[1]:
                 return remembered[0]
+            known = self._refused.get(authorization[0])
+            if known is not None and time.time() < known[2]:
+                raise _refused(known[0], known[1])
         token = _bearer_token(authorization)
-        identity = await self._verified(token)
+        try:
+            identity = await self._verified(token)
+        except Problem as problem:
+            self._remember_refusal(authorization[0], problem)
+            raise
         if len(authorization[0]) <= REMEMBERED_LENGTH_MAX:
             until = min(identity.expires_at, time.time() + REMEMBERED_SECONDS)
             self._remembered[authorization[0]] = identity, until
             if len(self._remembered) > REMEMBERED_TOKENS_MAX:
                 self._remembered.popitem(last=False)
         return identity
+
+    def _remember_refusal(self, header: str, problem: Problem) -> None:
+        """Remember a token that is not valid: who sends it again and again costs no signature each time."""
+        is_final = problem.kind.status == 401 and problem.detail != _UNKNOWN_KEY  # it may be known any moment
+        if is_final and len(header) <= REMEMBERED_LENGTH_MAX:
+            self._refused[header] = problem.kind, problem.detail, time.time() + REFUSED_SECONDS
+            if len(self._refused) > REFUSED_TOKENS_MAX:
+                self._refused.popitem(last=False)
 
     async def _verified(self, token: str) -> Identity:
         try:
@@ -82,7 +102,7 @@ class Verifier:
                 raise jwt.InvalidAlgorithmError
             key = await self._keys.key(header.get("kid"))
             if key is None:
-                raise _refused(TOKEN_INVALID, "The token is signed with a key that its issuer does not have.")
+                raise _refused(TOKEN_INVALID, _UNKNOWN_KEY)
             claims: dict[str, Any] = jwt.decode(
                 token,
                 key=key,

@@ -17,6 +17,7 @@ from prometheus_client import Counter, Gauge
 from pydantic import ValidationError
 
 from services.api_gateway import performance, problems, queries, replica
+from services.api_gateway.admission import Admission
 from services.api_gateway.negotiation import Representation, Stem
 from services.api_gateway.performance import Buckets, MarketDays, Timeframe
 from services.api_gateway.queries import Source
@@ -240,6 +241,7 @@ class Charts:
         database: Source,
         market_timezone: ZoneInfo,
         news: News,
+        admission: Admission,
         *,
         bytes_max: int,
         reading_seconds_max: float,
@@ -247,6 +249,7 @@ class Charts:
         self._database = database
         self._market_timezone = market_timezone
         self._news = news
+        self._admission = admission
         self._reading_seconds_max = reading_seconds_max
         self._readings: dict[Asked, _Reading] = {}
         self._closed = _Shelf(bytes_max // CLOSED_SHARE)
@@ -306,11 +309,17 @@ class Charts:
         return self._news.changes if asked.until is None else self._news.announcements
 
     def _begin(self, asked: Asked, now: datetime) -> _Reading:
+        place = self._admission.place()
         _answers_missed.inc()
         task = asyncio.create_task(self._read_in_time(asked, now))
         reading = _Reading(task, self._changes(asked), asyncio.get_running_loop().time())
         self._readings[asked] = reading
-        task.add_done_callback(lambda _: self._readings.pop(asked))  # before any who waits goes on
+
+        def end(_: asyncio.Task[Representation]) -> None:  # before any who waits goes on
+            del self._readings[asked]
+            place.leave(None if task.cancelled() else task.exception())
+
+        task.add_done_callback(end)
         return reading
 
     async def _read_in_time(self, asked: Asked, now: datetime) -> Representation:

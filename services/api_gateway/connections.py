@@ -1,13 +1,18 @@
 """HTTP connections: the library's server with our edge around every request, also around malformed ones."""
 
 import asyncio
+import resource
+import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any
+from contextlib import asynccontextmanager, suppress
+from typing import Any, cast
 
 from aiohttp import web
+from prometheus_client import Gauge
 
 from services.api_gateway.edge import Edge, Handler
+from services.api_gateway.episodes import Episode
+from services.api_gateway.refusals import refused
 from shared import logs
 
 KEEPALIVE_SECONDS = 15.0
@@ -16,20 +21,61 @@ LINGER_SECONDS = 0.5
 """How long an unwanted body is read and thrown away, so that its sender gets to see the answer."""
 WRITE_SECONDS_MAX = 10.0
 """How long a client may take to read its answer."""
-SHUTDOWN_SECONDS_MAX = 8.0
 BACKLOG = 1024
+FILES_FOR_OTHERS = 256
+"""Open files that are not connections of clients: to the database, to the bus, the health port, modules."""
 
 log = logs.get_logger()
+connections_open = Gauge("gateway_connections_open", "Connections of clients, streams among them")
+
+
+class Connections:
+    """The connections that there are; one too many is closed unread."""
+
+    def __init__(self, connections_max: int) -> None:
+        self._connections_max = min(connections_max, _open_files_max() - FILES_FOR_OTHERS)
+        self.open = 0
+        self.episode = Episode(
+            "connections_refused",
+            "connections_refused_no_more",
+            says="too many connections, new ones closed",
+            advice="raise GATEWAY_CONNECTIONS_MAX and the limit of open files, or start another gateway",
+        )
+        connections_open.set_function(lambda: self.open)
+
+    def has_room(self) -> bool:
+        """Tell whether one more may stay; counts one that may not."""
+        if self.open < self._connections_max:
+            return True
+        refused("connections")
+        self.episode.refuse(connections_max=self._connections_max)
+        return False
+
+    async def check(self) -> str | None:
+        """Say for readiness whether connections are refused; those that there are, are served."""
+        return self.episode.note()
+
+
+def _open_files_max() -> int:
+    """Let this process have as many open files as the system allows it, and return how many that are."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 class _Connection(web.RequestHandler):
     """One client's connection."""
 
-    __slots__ = ("_edge", "_patience")
+    __slots__ = ("_connections", "_edge", "_is_refused", "_patience")
 
-    def __init__(self, manager: web.Server, edge: Edge, **options: Any) -> None:
+    def __init__(self, manager: web.Server, edge: Edge, connections: Connections, **options: Any) -> None:
         super().__init__(manager, **options)
         self._edge = edge
+        self._connections = connections
+        self._is_refused = False
         self._patience: asyncio.TimerHandle | None = None
 
     def handle_error(
@@ -43,6 +89,11 @@ class _Connection(web.RequestHandler):
         return self._edge.malformed(exc)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if not self._connections.has_room():
+            self._is_refused = True
+            cast(asyncio.Transport, transport).abort()
+            return
+        self._connections.open += 1
         super().connection_made(transport)
         assert self.transport is not None
         self.transport.set_write_buffer_limits(high=0)  # what the client has not taken pauses the writing
@@ -59,6 +110,9 @@ class _Connection(web.RequestHandler):
         self._lose_patience_no_more()
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        if self._is_refused:
+            return
+        self._connections.open -= 1
         super().connection_lost(exc)
         self._lose_patience_no_more()
 
@@ -74,40 +128,60 @@ class _Connection(web.RequestHandler):
 
 
 class _Server(web.Server):
-    def __init__(self, edge: Edge, **options: Any) -> None:
+    def __init__(self, edge: Edge, connections: Connections, **options: Any) -> None:
         super().__init__(edge.serve, **options)  # type: ignore[arg-type]  # the factory makes web.Request
         self._edge = edge
+        self._connections_open = connections
 
     def __call__(self) -> web.RequestHandler:
-        return _Connection(self, self._edge, loop=self._loop, **self._kwargs)
+        return _Connection(self, self._edge, self._connections_open, loop=self._loop, **self._kwargs)
 
 
 class _Runner(web.AppRunner):
-    def __init__(self, app: web.Application, edge_around: Callable[[Handler], Edge]) -> None:
+    def __init__(
+        self,
+        app: web.Application,
+        edge_around: Callable[[Handler], Edge],
+        connections: Connections,
+        finish_seconds_max: float,
+    ) -> None:
         super().__init__(
             app,
             access_log=None,
             keepalive_timeout=KEEPALIVE_SECONDS,
             lingering_time=LINGER_SECONDS,
-            shutdown_timeout=SHUTDOWN_SECONDS_MAX,
+            shutdown_timeout=finish_seconds_max / 2,  # the library waits for a request twice as long
         )
         self._edge_around = edge_around
+        self._connections = connections
+        self._edge: Edge | None = None
+
+    async def shutdown(self) -> None:
+        assert self._edge is not None
+        self._edge.hold_nothing_back()
+        await super().shutdown()
 
     async def _make_server(self) -> web.Server:
         server = await super()._make_server()
-        edge = self._edge_around(server.request_handler)
-        return _Server(edge, request_factory=server.request_factory, **self._kwargs)
+        self._edge = edge = self._edge_around(server.request_handler)
+        return _Server(edge, self._connections, request_factory=server.request_factory, **self._kwargs)
 
 
 @asynccontextmanager
 async def serving(
-    app: web.Application, host: str, port: int, edge_around: Callable[[Handler], Edge]
+    app: web.Application,
+    host: str,
+    port: int,
+    edge_around: Callable[[Handler], Edge],
+    connections: Connections,
+    *,
+    finish_seconds_max: float,
 ) -> AsyncIterator[int]:
     """Serve the application while the block runs, and yield its port. Raises OSError when the port is taken.
 
-    At the end no new request is accepted, those under way are finished.
+    At the end no new request is accepted, and those under way are finished, in `finish_seconds_max`.
     """
-    runner = _Runner(app, edge_around)
+    runner = _Runner(app, edge_around, connections, finish_seconds_max)
     await runner.setup()
     try:
         site = web.TCPSite(runner, host, port, backlog=BACKLOG)

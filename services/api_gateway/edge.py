@@ -22,13 +22,17 @@ from prometheus_client.registry import Collector
 
 from services.api_gateway import finished, problems
 from services.api_gateway.finished import Finished, Kind
+from services.api_gateway.leaving import Leaving
 from services.api_gateway.problems import Problem
+from services.api_gateway.refusals import HOLD_SECONDS_MAX, PAID_SECONDS, Holding, refused
 from shared import logs
 from shared.database import DatabaseUnavailable, SchemaMissing
 from shared.deadlines import Deadlines
 
 BODY_BYTES_MAX = 1024
 """No endpoint takes a body; a small one is ignored, a larger one refused unread."""
+ALWAYS_ANSWERED = frozenset({"/healthz", "/readyz"})
+"""However many requests there are."""
 IN_FLIGHT_MAX = 2048
 """More requests than this at once are refused at once, so that a slow database makes no pile. A thousand that wait for
 the same chart are none: one statement answers them all."""
@@ -106,9 +110,11 @@ class Edge:
     """The paths that metrics and access lines name; all others are `unmatched`."""
     timeout_seconds: float
     allowed_origins: frozenset[str]
+    leaving: Leaving
 
     def __post_init__(self) -> None:
         self._in_flight = 0
+        self._holding = Holding(min(HOLD_SECONDS_MAX, self.timeout_seconds))
         self._heads: dict[tuple[Kind, str | None], str] = {}
         self._deadlines = Deadlines(self.timeout_seconds, _cut_off)
         requests_in_flight.set_function(lambda: self._in_flight)
@@ -121,8 +127,16 @@ class Edge:
             response, reason = await self._answer(request, request_id)
         finally:
             self._in_flight -= 1
-        response = self._finish(response, request_id, request)
         path = request.path
+        is_held = (
+            response.status >= 400
+            and path not in ALWAYS_ANSWERED
+            and time.perf_counter() - started < PAID_SECONDS
+            and self._holding.is_to_be_held()
+        )
+        if is_held:
+            await self._holding.hold(request)
+        response = self._finish(response, request_id, request)
         self._record(
             request.method,
             path if path in self.routes else "unmatched",
@@ -130,8 +144,13 @@ class Edge:
             started=started,
             request_id=request_id,
             reason=reason,
+            is_said=not is_held,  # of refusals that are so many, the metrics tell
         )
         return response
+
+    def hold_nothing_back(self) -> None:
+        """Send the refusals that are held back, and from now on each at once."""
+        self._holding.release()
 
     def malformed(self, error: BaseException | None) -> web.Response:
         """Answer what could not be parsed as a request; nothing of it is repeated in the answer or the log."""
@@ -162,14 +181,15 @@ class Edge:
         assert task is not None
         self._deadlines.start(task)
         try:
-            self._refuse_overload()
+            self._refuse_pile(request)
             if self._is_preflight(request):
                 return web.Response(status=204, headers=_PREFLIGHT_HEADERS), None
             if request.body_exists:
                 _refuse_body(request)
             return await self.handler(request), None
         except Problem as error:
-            problem, reason = error, _reason(error.__cause__)
+            # Not kept in a variable: its traceback holds this frame, and both would wait for the garbage collector.
+            return error.answer(request_id), _reason(error.__cause__)
         except web.HTTPException as error:
             problem, reason = problems.of_http_exception(error), None
         except (DatabaseUnavailable, SchemaMissing) as error:
@@ -190,9 +210,10 @@ class Edge:
             self._deadlines.end(task)
         return problem.response(request_id), reason
 
-    def _refuse_overload(self) -> None:
-        if self._in_flight > IN_FLIGHT_MAX:
-            raise Problem(problems.OVERLOADED, "Try again soon.")
+    def _refuse_pile(self, request: web.Request) -> None:
+        if self._in_flight > IN_FLIGHT_MAX and request.path not in ALWAYS_ANSWERED:
+            refused("in_flight")
+            raise Problem(problems.OVERLOADED, "There are too many requests at once. Try again soon.")
 
     def _is_preflight(self, request: web.Request) -> bool:
         return (
@@ -206,11 +227,14 @@ class Edge:
     ) -> web.StreamResponse:
         """Return the response as it is to be sent."""
         origin = self._allowed_origin(request) if self.allowed_origins else None
+        is_leaving = self.leaving.is_on
         if isinstance(response, Finished):
-            if finished.is_usual(request):
+            if finished.is_usual(request) and not is_leaving:
                 response.put_under(self._head(response.kind, origin), request_id)
                 return response
             response = response.in_full()
+        if is_leaving:
+            response.force_close()  # and says so: the client's next request goes to another gateway
         self._add_headers(response.headers, request_id, origin)
         return response
 
@@ -240,10 +264,20 @@ class Edge:
                 headers["Access-Control-Expose-Headers"] = _CORS_EXPOSED
 
     def _record(
-        self, method: str, route: str, status: int, *, started: float, request_id: str, reason: str | None
+        self,
+        method: str,
+        route: str,
+        status: int,
+        *,
+        started: float,
+        request_id: str,
+        reason: str | None,
+        is_said: bool = True,
     ) -> None:
         seconds = time.perf_counter() - started
         request_seconds.observe(route, status, seconds)
+        if not is_said:
+            return
         line: dict[str, str | float] = {
             "method": method,
             "route": route,

@@ -9,7 +9,7 @@ import aiohttp
 import jwt
 
 from services.api_gateway.problems import KEYS_UNAVAILABLE, Problem
-from shared import logs
+from shared import health, logs
 
 FETCH_TIMEOUT_SECONDS = 3.0
 FETCH_BYTES_MAX = 256 * 1024
@@ -99,7 +99,13 @@ class IssuerKeys:
     async def check(self) -> str | None:
         if not self._keys:
             await self._refresh(cooldown=NEVER_FETCHED_COOLDOWN_SECONDS)
-        return None if self._keys else f"JWT_JWKS_URL: {self._problem}"
+        if not self._problem:
+            return None
+        told = f"JWT_JWKS_URL: {self._problem}"
+        if not self._keys:
+            return told
+        minutes = (time.monotonic() - self._fetched_at) / 60
+        return health.Degraded(f"{told}; the keys of {minutes:.0f} minutes ago are used")
 
     def _known(self, key_id: str | None) -> jwt.PyJWK | None:
         if key_id is None:
@@ -127,7 +133,12 @@ class IssuerKeys:
         except (aiohttp.ClientError, OSError, TimeoutError, _FetchFailed) as error:
             problem = str(error) or type(error).__name__
             if problem != self._problem:  # once on the change, not once per attempt
-                log.warning("token_keys_not_fetched", error=problem, keys_kept=len(self._keys))
+                log.warning(
+                    "token_keys_not_fetched",
+                    error=problem,
+                    keys_kept=len(self._keys),
+                    advice="see whether the issuer at JWT_JWKS_URL answers; new tokens wait for it, known keys go on",
+                )
             self._problem = problem
             return
         if {key.key_id for key in keys} != {key.key_id for key in self._keys} or self._problem:

@@ -14,6 +14,7 @@ from prometheus_client import Gauge
 from pydantic import ValidationError
 
 from services.api_gateway import problems, queries, replica
+from services.api_gateway.admission import Admission
 from services.api_gateway.queries import Source
 from services.api_gateway.valuation import Holdings, Portfolio, Quote, market_text
 from shared import health, logs
@@ -40,6 +41,7 @@ SILENT_READ_SECONDS = 5.0
 """How often prices are read from the database then: one statement for all symbols."""
 RETRY_SECONDS = 1.0
 READINGS_AT_ONCE_MAX = 4
+ENDING_SLICE_SECONDS = 0.05
 
 EndReason = Literal["token_expired", "user_deactivated", "user_unknown", "going_away"]
 
@@ -88,8 +90,9 @@ class Watched:
 class Live:
     """All watched portfolios. Hears the bus; `run` does what takes time."""
 
-    def __init__(self, database: Source, calendar: Calendar) -> None:
+    def __init__(self, database: Source, calendar: Calendar, admission: Admission) -> None:
         self._database = database
+        self._admission = admission
         self._calendar = calendar
         self._moment = market_moment(calendar.hours, utc_now())
         self._market = market_text(self._moment)
@@ -114,7 +117,7 @@ class Live:
     async def watch(self, subject: str) -> Watched:
         """Return the user's portfolio, up to date; `add` a watcher to it soon.
 
-        Raises Problem for a user who has none, DatabaseUnavailable.
+        Raises Problem for a user who has none and when it cannot be read soon, DatabaseUnavailable.
         """
         while True:
             watched = self._by_subject.setdefault(subject, Watched(subject))
@@ -123,7 +126,8 @@ class Live:
                 async with watched.reading:
                     if self._by_subject.get(subject) is watched:  # else it has just come to its end
                         if watched.is_behind:
-                            await self._read_holdings(watched)
+                            with self._admission.place():
+                                await self._read_holdings(watched)
                         return watched
             finally:
                 watched.visitors -= 1
@@ -140,6 +144,19 @@ class Live:
     def remove(self, watched: Watched, watcher: Watcher) -> None:
         watched.watchers.discard(watcher)
         watched.unwatched_since = time.monotonic()
+
+    async def end_over(self, seconds: float, at_once: asyncio.Event) -> None:
+        """End what is watched little by little, so that not all come to another gateway in the same moment.
+
+        Takes that long in any case, unless `at_once` is set: then nobody is ended by it any more.
+        """
+        watchers = [watcher for watched in self._by_subject.values() for watcher in watched.watchers]
+        slices = max(int(seconds / ENDING_SLICE_SECONDS), 1)
+        for number in range(slices):
+            for watcher in watchers[number::slices]:
+                watcher.end("going_away")
+            if await wait_for_stop(at_once, seconds / slices):
+                return
 
     async def end(self, _: object) -> None:
         """End all watching, as the gateway stops."""

@@ -82,6 +82,7 @@ _WITH_TOKEN = (
     problems.TOKEN_INVALID,
     problems.USER_DEACTIVATED,
     problems.USER_UNKNOWN,
+    problems.TOO_MANY_REQUESTS,
     problems.DATABASE_UNAVAILABLE,
     problems.KEYS_UNAVAILABLE,
 )
@@ -284,7 +285,7 @@ def _snapshots() -> dict[str, Any]:
         "responses": _responses(
             TakenSnapshot,
             "The snapshot; it is stored.",
-            (*_WITH_TOKEN, problems.TOO_MANY_REQUESTS, problems.SNAPSHOTTER_UNAVAILABLE, *_BUSY),
+            (*_WITH_TOKEN, problems.SNAPSHOTTER_UNAVAILABLE, *_BUSY),
             status=201,
         ),
     }
@@ -300,7 +301,7 @@ def _refresh_prices() -> dict[str, Any]:
         "responses": _responses(
             RefreshedPrices,
             "The market was asked.",
-            (*_WITH_TOKEN, problems.TOO_MANY_REQUESTS, problems.FEEDER_UNAVAILABLE, *_BUSY),
+            (*_WITH_TOKEN, problems.FEEDER_UNAVAILABLE, *_BUSY),
         ),
     }
 

@@ -6,12 +6,14 @@ from datetime import UTC, datetime
 from aiohttp import web
 
 from services.api_gateway import negotiation, problems, queries
+from services.api_gateway.admission import Admission
 from services.api_gateway.auth import Identity, Verifier
 from services.api_gateway.charts import Charts
 from services.api_gateway.finished import Finished, Kind
 from services.api_gateway.performance import Timeframe
 from services.api_gateway.problems import INVALID_UNTIL, UNEXPECTED_PARAMETER, UNKNOWN_TIMEFRAME, Problem
 from services.api_gateway.queries import Source
+from services.api_gateway.user_rates import UserRates
 from shared.clock import utc_now
 from shared.freshness import market_moment
 from shared.market_calendar import Calendar
@@ -20,6 +22,8 @@ DATABASE: web.AppKey[Source] = web.AppKey("DATABASE")
 VERIFIER = web.AppKey("VERIFIER", Verifier)
 CHARTS = web.AppKey("CHARTS", Charts)
 CALENDAR = web.AppKey("CALENDAR", Calendar)
+ADMISSION = web.AppKey("ADMISSION", Admission)
+USER_RATES = web.AppKey("USER_RATES", UserRates)
 
 TIMEFRAME_PARAMETER, UNTIL_PARAMETER = "timeframe", "until"
 UNTIL_MIN = datetime(1970, 1, 1, tzinfo=UTC)
@@ -46,9 +50,10 @@ async def current(request: web.Request) -> Finished:
     """Answer `GET /api/portfolio/current`."""
     subject = (await identity(request)).subject
     parameters(request, allowed=())
-    now = utc_now()
-    moment = market_moment(request.app[CALENDAR].hours, now)
-    found = await queries.current_portfolio(request.app[DATABASE], subject, now, moment)
+    with request.app[ADMISSION].place():
+        now = utc_now()
+        moment = market_moment(request.app[CALENDAR].hours, now)
+        found = await queries.current_portfolio(request.app[DATABASE], subject, now, moment)
     if found is None:
         raise problems.user_unknown()
     if not found.is_active:
@@ -74,8 +79,10 @@ async def chart(request: web.Request) -> Finished:
 
 
 async def identity(request: web.Request) -> Identity:
-    """Return who asks; raises Problem without a good token."""
-    return await request.app[VERIFIER].identity(request.headers.getall("Authorization", ()))
+    """Return who asks; raises Problem without a good token, and for who asks too often."""
+    found = await request.app[VERIFIER].identity(request.headers.getall("Authorization", ()))
+    request.app[USER_RATES].check(found.subject)
+    return found
 
 
 def parameters(request: web.Request, *, allowed: tuple[str, ...]) -> dict[str, str]:

@@ -6,6 +6,9 @@ from typing import NamedTuple
 import orjson
 from aiohttp import web
 
+from services.api_gateway import finished
+from services.api_gateway.finished import Finished
+
 CONTENT_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 2
 
@@ -49,6 +52,10 @@ TICKETS_UNAVAILABLE = Kind("tickets-unavailable", 503, "Tickets are not availabl
 DEADLINE_EXCEEDED = Kind("deadline-exceeded", 503, "The answer took too long")
 OVERLOADED = Kind("overloaded", 503, "Too many requests at once")
 
+_OVERLOADED_ANSWER = finished.Kind(
+    OVERLOADED.status, {"Content-Type": CONTENT_TYPE, "Retry-After": str(RETRY_AFTER_SECONDS)}
+)
+
 
 class Problem(Exception):
     """Ends the handling of a request; the edge answers with it."""
@@ -65,16 +72,26 @@ class Problem(Exception):
             self.headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
 
     def response(self, request_id: str) -> web.Response:
-        body = {
-            "type": self.kind.type,
-            "title": self.kind.title,
-            "status": self.kind.status,
-            "detail": self.detail,
-            "request_id": request_id,
-            **self.members,
-        }
         headers = {"Content-Type": CONTENT_TYPE, **self.headers}
-        return web.Response(body=orjson.dumps(body), status=self.kind.status, headers=headers)
+        return web.Response(body=self._body(request_id), status=self.kind.status, headers=headers)
+
+    def answer(self, request_id: str) -> web.StreamResponse:
+        """Return the response; one of which there may be thousands a second is cheap."""
+        if self.kind is OVERLOADED:
+            return Finished(_OVERLOADED_ANSWER, self._body(request_id))
+        return self.response(request_id)
+
+    def _body(self, request_id: str) -> bytes:
+        return orjson.dumps(
+            {
+                "type": self.kind.type,
+                "title": self.kind.title,
+                "status": self.kind.status,
+                "detail": self.detail,
+                "request_id": request_id,
+                **self.members,
+            }
+        )
 
 
 def user_unknown() -> Problem:

@@ -96,7 +96,8 @@ async def _user_id(request: web.Request) -> int:
     """Return who asks; raises Problem for somebody who may not."""
     subject = (await portfolio.identity(request)).subject
     portfolio.parameters(request, allowed=())
-    user = await queries.user(request.app[portfolio.DATABASE], subject)
+    with request.app[portfolio.ADMISSION].place():
+        user = await queries.user(request.app[portfolio.DATABASE], subject)
     if user is None:
         raise problems.user_unknown()
     if not user.is_active:

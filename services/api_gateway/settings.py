@@ -75,7 +75,27 @@ class Settings(ServiceSettings):
     gateway_database_connections: int = Field(
         default=10, ge=1, le=200, description="The most connections that one gateway opens to PostgreSQL."
     )
-
+    gateway_connections_max: int = Field(
+        default=10_000,
+        ge=1,
+        le=1_000_000,
+        description="Connections of clients that one gateway holds, at most, streams among them.",
+    )
+    user_requests_per_second: float = Field(
+        default=50.0,
+        ge=0,
+        le=100_000,
+        description="Requests a second that one gateway takes from each user; with 0 any number.",
+    )
+    user_requests_burst: int = Field(
+        default=200, ge=1, le=1_000_000, description="Of these, how many may come at once after a pause."
+    )
+    gateway_drain_seconds: float = Field(
+        default=2.0,
+        ge=0,
+        le=5,
+        description="Seconds that a gateway still serves after SIGTERM, no longer ready, so that balancers leave it.",
+    )
     database_read_url: Annotated[DatabaseUrl, AfterValidator(_single_server)] | None = Field(
         default=None,
         description="A streaming replica of DATABASE_URL's server to read from, one server, no balancer; unset: none.",

@@ -22,6 +22,8 @@ PACE = web.AppKey("PACE", Pace)
 BUS = web.AppKey("BUS", Bus)
 ALLOWED_ORIGINS: web.AppKey[frozenset[str]] = web.AppKey("ALLOWED_ORIGINS")
 PLACES = web.AppKey("PLACES", Places)
+BUS_SECONDS_MAX = web.AppKey("BUS_SECONDS_MAX", float)
+"""What the bus may take with a ticket: less than a request, so that its silence has a name."""
 HEARTBEAT_SECONDS = web.AppKey("HEARTBEAT_SECONDS", float)
 
 
@@ -29,7 +31,9 @@ async def ticket(request: web.Request) -> web.Response:
     """Answer `POST /api/portfolio/stream-tickets`."""
     identity = await portfolio.identity(request)
     portfolio.parameters(request, allowed=())
-    issued, expires_at = await tickets.issued(request.app[BUS], identity, utc_now())
+    issued, expires_at = await tickets.issued(
+        request.app[BUS], identity, utc_now(), seconds_max=request.app[BUS_SECONDS_MAX]
+    )
     body = orjson.dumps({"ticket": issued, "expires_at": instant_text(expires_at)})
     return web.Response(status=201, body=body, headers={"Content-Type": "application/json"})
 
@@ -73,7 +77,9 @@ async def _identity(request: web.Request, parameters: dict[str, str]) -> Identit
         return await portfolio.identity(request)
     if hdrs.AUTHORIZATION in request.headers:
         raise Problem(problems.TICKET_INVALID, "Send a ticket or an Authorization header, not both.")
-    return await tickets.redeemed(request.app[BUS], given, utc_now())
+    return await tickets.redeemed(
+        request.app[BUS], given, utc_now(), seconds_max=request.app[BUS_SECONDS_MAX]
+    )
 
 
 def _check_origin(request: web.Request) -> None:

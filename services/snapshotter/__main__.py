@@ -82,12 +82,14 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             tasks.create_task(upkeep.run(database, settings.upkeep, stop, troubles))
 
 
-async def check_dead_letters(bus: Bus) -> health.Note | None:
+async def check_dead_letters(bus: Bus) -> health.Degraded | None:
     """Tell of messages that wait for an operator."""
     if not bus.dead_letters_kept:
         return None
     letters = "dead letter" if bus.dead_letters_kept == 1 else "dead letters"
-    return health.Note(f"{bus.dead_letters_kept} {letters}: `admin dead-letters` lists what was put aside")
+    return health.Degraded(
+        f"{bus.dead_letters_kept} {letters}: `admin dead-letters` lists what was put aside"
+    )
 
 
 if __name__ == "__main__":

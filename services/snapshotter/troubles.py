@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from itertools import count
 
-from shared.health import Note
+from shared.health import Degraded
 
 REMEMBERED_SECONDS_MIN = 60.0
 SHOWN_MAX = 5
@@ -39,7 +39,7 @@ class Troubles:
         """Note what is over already; of each kind the last is said, for a while."""
         self._happened[kind] = text, self._clock()
 
-    async def check(self) -> Note | None:
+    async def check(self) -> Degraded | None:
         """Return in one line what is wrong, for readiness."""
         now = self._clock()
         lately = [text for text, at in self._happened.values() if now - at < self._remembered_seconds]
@@ -47,4 +47,4 @@ class Troubles:
         if not told:
             return None
         more = f"; and {len(told) - SHOWN_MAX} more" if len(told) > SHOWN_MAX else ""
-        return Note("; ".join(told[:SHOWN_MAX]) + more)
+        return Degraded("; ".join(told[:SHOWN_MAX]) + more)

@@ -15,6 +15,7 @@ FIGURES = {
     "charts": (15, 14, 13),
     "rollups": (3, 0, 2),
     "gateway": (6, 6, 3),
+    "overload": (8, 0, 5),
     "ticks": (7, 0, 5),
     "streams": (9, 0, 8),
 }

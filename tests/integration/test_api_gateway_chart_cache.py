@@ -17,6 +17,7 @@ from prometheus_client import REGISTRY
 
 from local.servers import nats_server
 from services.api_gateway import queries
+from services.api_gateway.admission import Admission
 from services.api_gateway.charts import REQUESTED_MAX, Asked, Charts, News
 from services.api_gateway.performance import Timeframe
 from services.api_gateway.problems import Problem
@@ -98,6 +99,7 @@ def new_charts(
         database,
         ZoneInfo("America/New_York"),
         news,
+        Admission(4),
         bytes_max=bytes_max,
         reading_seconds_max=seconds_max,
     )

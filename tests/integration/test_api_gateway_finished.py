@@ -14,6 +14,7 @@ from aiohttp import web
 from services.api_gateway import connections
 from services.api_gateway.edge import Edge
 from services.api_gateway.finished import Finished, Kind
+from services.api_gateway.leaving import Leaving
 from services.api_gateway.negotiation import Representation, Stem
 from tests.waiting import eventually
 
@@ -76,9 +77,15 @@ async def server(request: pytest.FixtureRequest) -> AsyncIterator[Server]:
     app = web.Application()
     app.add_routes([web.get("/a/{name}", as_it_is), web.get("/b/{name}", by_the_library)])
     edge_around = partial(
-        Edge, routes=frozenset(), timeout_seconds=10, allowed_origins=frozenset(request.param)
+        Edge,
+        routes=frozenset(),
+        timeout_seconds=10,
+        allowed_origins=frozenset(request.param),
+        leaving=Leaving(),
     )
-    async with connections.serving(app, "127.0.0.1", 0, edge_around) as started.port:
+    async with connections.serving(
+        app, "127.0.0.1", 0, edge_around, connections.Connections(100), finish_seconds_max=4
+    ) as started.port:
         yield started
 
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 from pydantic import BaseModel
 
+from services.api_gateway.admission import Admission
 from services.api_gateway.live import Live
 from services.api_gateway.responses import CurrentPortfolio, Heartbeat, PortfolioChange, StreamEnd, Ticket
 from shared.bus import Bus, Outgoing
@@ -519,7 +520,7 @@ async def test_a_price_that_could_not_be_read_is_read_for_the_next_who_asks(
     database: Database,
 ) -> None:
     failing = Failing(database)
-    live = Live(failing, Calendar(open_now()))
+    live = Live(failing, Calendar(open_now()), Admission(4))
     failing.fails_for = {"AAPL", "IBM"}
     with pytest.raises(DatabaseUnavailable):
         await live.watch("demo")
@@ -531,7 +532,7 @@ async def test_a_price_that_could_not_be_read_is_read_for_the_next_who_asks(
 
 async def test_one_portfolio_that_cannot_be_read_holds_up_no_other(database: Database) -> None:
     failing, told = Failing(database), []
-    live = Live(failing, Calendar(open_now()))
+    live = Live(failing, Calendar(open_now()), Admission(4))
     watched = []
     for number in range(12):
         await create_user(database, f"user-{number}")

@@ -26,7 +26,7 @@ from shared.bus import Bus, NotReplayable
 from shared.clock import utc_now
 from shared.database import Database
 from shared.deliveries import SERVER_DELIVERIES_MAX
-from shared.health import Note
+from shared.health import Degraded
 from shared.messages import DEAD_LETTERS, SNAPSHOT_DUE, TIMER, DeadLetter
 from tests.conftest import ROOT
 from tests.contract import validator
@@ -108,7 +108,7 @@ async def test_malformed_message_is_kept_for_an_operator_at_once(
         await eventually(all_answered(client))
 
         async def is_noted() -> bool:
-            return isinstance(await check_dead_letters(bus), Note)
+            return isinstance(await check_dead_letters(bus), Degraded)
 
         await eventually(is_noted)
     assert letter is not None
@@ -204,7 +204,7 @@ async def test_waiting_for_the_database_is_no_delivery_and_the_slot_is_taken_the
         async with snapshotter(database, bus, ack_wait_seconds=6, troubles=troubles):
             await bus.publish(timer.due(utc_now(), 0, 1))
             await eventually(has_waited_for_longer_than_the_ack_wait, timeout=60)
-            assert await troubles.check() == Note("a slot waits: PostgreSQL is away")
+            assert await troubles.check() == Degraded("a slot waits: PostgreSQL is away")
             assert snapshots.shards_waiting._value.get() == 1
             await administrator.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
             await administrator.close()

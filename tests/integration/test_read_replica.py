@@ -24,6 +24,7 @@ from structlog.testing import capture_logs
 
 from local.servers import Server, postgres, replica_of
 from services.api_gateway import replica
+from services.api_gateway.admission import Admission
 from services.api_gateway.charts import Asked, Charts, News
 from services.api_gateway.performance import Timeframe
 from services.api_gateway.replica import Reads
@@ -303,7 +304,12 @@ async def test_chart_has_the_announced_snapshot_although_the_replica_has_it_not(
     news.resumed()
     async with reading(primary, follower) as source:
         charts = Charts(
-            source, ZoneInfo("America/New_York"), news, bytes_max=1_000_000, reading_seconds_max=5
+            source,
+            ZoneInfo("America/New_York"),
+            news,
+            Admission(4),
+            bytes_max=1_000_000,
+            reading_seconds_max=5,
         )
         asked = Asked("demo", Timeframe.ONE_DAY)
 

@@ -66,9 +66,10 @@ def test_every_status_of_what_is_asked_for_by_hand_is_documented(path: str, good
 )
 def test_every_status_is_documented(path: str, good: list[str]) -> None:
     responses = DOCUMENT["paths"][path]["get"]["responses"]
-    bad = ["400", "401", "403", "404", "405", "413", "417", "500", "503"]
+    bad = ["400", "401", "403", "404", "405", "413", "417", "429", "500", "503"]
     assert list(responses) == good + bad
     assert all("application/problem+json" in responses[status]["content"] for status in bad)
+    assert all("Retry-After" in responses[status]["headers"] for status in ("429", "503"))
 
 
 def test_chart_that_is_known_has_its_tag_and_no_content() -> None:

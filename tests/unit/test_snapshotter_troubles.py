@@ -3,7 +3,7 @@
 from datetime import timedelta
 
 from services.snapshotter.troubles import Troubles
-from shared.health import Note
+from shared.health import Degraded
 
 MINUTE = timedelta(minutes=1)
 
@@ -20,7 +20,7 @@ async def test_what_lasts_is_said_until_it_ends_and_once_for_all_that_wait_alike
     troubles.begin("history", "the history is not kept up")
     said = await troubles.check()
     assert said == "a slot waits: PostgreSQL is away; the history is not kept up"
-    assert isinstance(said, Note)  # the service is ready all the same
+    assert isinstance(said, Degraded)  # the service is ready all the same
     troubles.end("history")
     troubles.end(first)
     assert await troubles.check() == "a slot waits: PostgreSQL is away"
