@@ -1,6 +1,6 @@
 # Commands of the project; `make` alone lists them. Everything runs from a virtual environment of its own.
 .DEFAULT_GOAL := help
-.PHONY: help run token smoke admin load-demo test check format bench env up down verify screenshot lock openapi asyncapi clean
+.PHONY: help run token smoke admin load-demo test fuzz check format bench env up down verify screenshot lock openapi asyncapi clean
 
 # Compiled modules are kept, else every start would compile pandas anew.
 export PYTHONDONTWRITEBYTECODE =
@@ -42,6 +42,9 @@ load-demo: $(LOCAL) ## USERS=100 DAYS=90: fill `make run` with users and their h
 test: $(DEVELOPMENT) $(PAGE) ## all tests on real servers; BACKEND=external|containers|local, ARGS=… for pytest
 	@exec $(BIN)/python -m pytest $(if $(filter external,$(BACKEND)),,-n 2 --dist loadgroup) \
 		$(if $(BACKEND),--backend $(BACKEND)) $(ARGS)
+
+fuzz: $(DEVELOPMENT) ## wrong data at every door, 20 times as much as in the tests and new each time; ARGS=… for pytest
+	@HYPOTHESIS_PROFILE=long exec $(BIN)/python -m pytest -n 2 $(if $(BACKEND),--backend $(BACKEND)) tests/fuzz $(ARGS)
 
 check: $(DEVELOPMENT) ## format, lint, types, imports
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
