@@ -102,12 +102,12 @@ class Verifier:
         subject = claims["sub"]
         if expires_at <= time.time():
             raise _refused(TOKEN_EXPIRED, "The token has expired.")
-        if not _is_storable(subject):
+        if not is_storable(subject):
             raise _refused(TOKEN_INVALID, _NOT_A_SUBJECT)
         return Identity(subject, expires_at)
 
 
-def _is_storable(subject: str) -> bool:
+def is_storable(subject: str) -> bool:
     """Tell whether `users.subject` can hold it: PostgreSQL's text has no NUL and no lone surrogates."""
     try:
         subject.encode()
