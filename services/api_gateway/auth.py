@@ -118,11 +118,7 @@ def is_storable(subject: str) -> bool:
 
 def _bearer_token(authorization: Sequence[str]) -> str:
     if not authorization:
-        raise Problem(
-            TOKEN_MISSING,
-            "Send the header `Authorization: Bearer <token>`.",
-            headers={"WWW-Authenticate": 'Bearer realm="foliotick"'},
-        )
+        raise Problem(TOKEN_MISSING, "Send the header `Authorization: Bearer <token>`.")
     if len(authorization) > 1:
         raise _refused(TOKEN_MALFORMED, "There is more than one Authorization header.")
     scheme, _, token = authorization[0].partition(" ")

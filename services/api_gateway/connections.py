@@ -5,7 +5,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from aiohttp import web
+from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp.http_parser import RawRequestMessage
 
 from services.api_gateway.edge import Edge, Handler
 from shared import logs
@@ -18,6 +19,9 @@ WRITE_SECONDS_MAX = 10.0
 """How long a client may take to read its answer."""
 SHUTDOWN_SECONDS_MAX = 8.0
 BACKLOG = 1024
+
+_VERSIONS = (HttpVersion11, HttpVersion10)
+"""The parser lets 0.9 and 2.0 pass as well, in which the library would answer; they get an answer of 1.0."""
 
 log = logs.get_logger()
 
@@ -96,7 +100,14 @@ class _Runner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         server = await super()._make_server()
         edge = self._edge_around(server.request_handler)
-        return _Server(edge, request_factory=server.request_factory, **self._kwargs)
+        make_request = server.request_factory
+
+        def request(message: RawRequestMessage, *others: Any) -> web.BaseRequest:
+            if message.version not in _VERSIONS:
+                message = message._replace(version=HttpVersion10, should_close=True)
+            return make_request(message, *others)
+
+        return _Server(edge, request_factory=request, **self._kwargs)
 
 
 @asynccontextmanager

@@ -38,17 +38,28 @@ async def try_each(
     """Await `check` with `count` examples, one after the other, in this event loop."""
     loop = asyncio.get_running_loop()
 
-    @examples(count)
-    @hypothesis.given(hypothesis.strategies.tuples(*strategies))
-    def each(example: tuple[Any, ...]) -> None:
-        async def checked() -> None:
+    def checked(*example: Any) -> None:
+        async def awaited() -> None:
             try:
                 await check(*example)
             except Exception as error:
                 # Not the error itself: on its way into another thread one may lose its cause.
                 raise AssertionError(f"{error!r} with {example!r:.2000}") from error
 
-        asyncio.run_coroutine_threadsafe(checked(), loop).result(EXAMPLE_SECONDS_MAX)
+        asyncio.run_coroutine_threadsafe(awaited(), loop).result(EXAMPLE_SECONDS_MAX)
+
+    await try_each_in_thread(checked, *strategies, count=count)
+
+
+async def try_each_in_thread(
+    check: Callable[..., None], *strategies: SearchStrategy[Any], count: int
+) -> None:
+    """Call `check` with `count` examples, one after the other, in a thread, so that this event loop goes on."""
+
+    @examples(count)
+    @hypothesis.given(hypothesis.strategies.tuples(*strategies))
+    def each(example: tuple[Any, ...]) -> None:
+        check(*example)
 
     await asyncio.to_thread(each)
 

@@ -296,7 +296,8 @@ async def test_a_ticket_of_nobody_who_could_be_stored_is_refused(
 
 @pytest.mark.parametrize("given_ticket", ["", "short", "x" * 43, "x" * 4000, "%00", "*", "../.."])
 async def test_nonsense_is_no_ticket(gateway: Gateway, given_ticket: str) -> None:
-    assert (await gateway.ask("GET", f"{PATH}?ticket={given_ticket}")).status == 401
+    answer = await gateway.ask("GET", f"{PATH}?ticket={given_ticket}")
+    assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, 'Bearer realm="foliotick"')
 
 
 async def test_a_token_is_needed_and_one_credential_is_enough(gateway: Gateway) -> None:
