@@ -58,7 +58,7 @@ async def cached(database: Database) -> dict[str, tuple[Decimal, datetime]]:
 # ---- trades --------------------------------------------------------------------------------------
 
 
-@examples(400)
+@examples(150)
 @given(spoiled(RIGHT), st.integers(0, 31_536_000))
 def test_a_spoiled_trade_is_rejected_or_fits_the_table(raw: bytes, seconds: int) -> None:
     now = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)
@@ -112,7 +112,7 @@ async def test_of_a_mixed_answer_the_good_trades_are_kept_and_the_bad_ones_count
     ):
         feed = Feed(database, bus, market, lease, calendar=Calendar(open_now()))
         with nothing_unexpected_logged(caplog):
-            await try_each(check, good, bad, st.dictionaries(st.text(), VALUES, max_size=3), count=60)
+            await try_each(check, good, bad, st.dictionaries(st.text(), VALUES, max_size=3), count=25)
 
 
 BODIES = st.one_of(
@@ -184,7 +184,7 @@ async def test_no_answer_of_any_kind_ends_the_feeder(caplog: pytest.LogCaptureFi
 
     async with babbling() as babbler:
         with nothing_unexpected_logged(caplog):
-            await try_each(check, answers(), count=60)
+            await try_each(check, answers(), count=40)
 
     async def threads_are_gone() -> bool:
         return threading.active_count() <= threads + 2

@@ -127,7 +127,7 @@ def frames() -> st.SearchStrategy[bytes | str]:
     )
 
 
-@examples(400)
+@examples(150)
 @given(frames())
 def test_of_any_frame_only_possible_trades_of_wanted_symbols_are_taken(frame: bytes | str) -> None:
     conflation = Conflation()
@@ -144,7 +144,7 @@ def test_of_any_frame_only_possible_trades_of_wanted_symbols_are_taken(frame: by
         assert withdrawal.symbol in SYMBOLS
 
 
-@examples(200)
+@examples(60)
 @given(st.lists(messages(), max_size=4), st.integers(0, 4))
 def test_bad_messages_cost_themselves_alone(bad: list[Any], place: int) -> None:
     around = [message for message in bad if not (isinstance(message, dict) and message.get("S") == "MSFT")]
@@ -208,7 +208,7 @@ async def test_after_any_frames_the_next_trade_reaches_the_table(
                 check,
                 st.lists(frames(), min_size=1, max_size=4),
                 st.sampled_from([EQUITIES, CRYPTO]),
-                count=15,
+                count=10,
             )
 
 

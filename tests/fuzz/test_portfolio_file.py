@@ -71,7 +71,7 @@ def read(content: bytes) -> tuple[list[Position], tuple[str, ...]]:
         return [], error.problems
 
 
-@examples(300)
+@examples(150)
 @given(st.one_of(contents(), st.binary(max_size=300)))
 def test_any_file_is_read_within_the_tables_bounds_or_refused_with_its_lines(content: bytes) -> None:
     lines = len(re.split(rb"\r\n|\r|\n", content))
@@ -91,7 +91,7 @@ def test_any_file_is_read_within_the_tables_bounds_or_refused_with_its_lines(con
         assert cost_basis == round(cost_basis, 2)
 
 
-@examples(400)
+@examples(200)
 @given(AMOUNTS, st.sampled_from([SHARES, COST_BASIS, CASH]))
 def test_an_amount_is_exactly_what_was_typed_or_refused(text: str, column: Column) -> None:
     try:

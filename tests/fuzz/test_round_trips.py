@@ -75,7 +75,7 @@ REFRESHED: st.SearchStrategy[Message] = st.builds(
 )
 
 
-@examples(150)
+@examples(100)
 @given(st.one_of(*(made(model) for model in MESSAGES), REPLIES, REFRESHED))
 def test_a_message_comes_back_as_it_was_and_as_it_is_documented(message: Message) -> None:
     text = message.model_dump_json()
@@ -88,7 +88,7 @@ def test_a_message_comes_back_as_it_was_and_as_it_is_documented(message: Message
 
 @pytest.mark.parametrize("model", MESSAGES, ids=lambda model: model.__name__)
 def test_nonsense_is_refused_or_means_something(model: type[Message]) -> None:
-    @examples(60)
+    @examples(30)
     @given(GARBAGE)
     def check(payload: bytes) -> None:
         try:

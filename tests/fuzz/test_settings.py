@@ -120,7 +120,7 @@ def environments(draw: st.DrawFn) -> tuple[type[BaseSettings], dict[str, str]]:
     return service, given
 
 
-@examples(400)
+@examples(200)
 @given(environments())
 def test_any_environment_is_taken_or_refused_in_words(
     chosen: tuple[type[BaseSettings], dict[str, str]],
