@@ -1,6 +1,6 @@
 # Commands of the project; `make` alone lists them. Everything runs from a virtual environment of its own.
 .DEFAULT_GOAL := help
-.PHONY: help run token smoke admin load-demo test faults soak check format bench env up down verify screenshot lock openapi asyncapi clean
+.PHONY: help run token smoke admin load-demo test faults soak fuzz check format bench env up down verify screenshot lock openapi asyncapi clean
 
 # Compiled modules are kept, else every start would compile pandas anew.
 export PYTHONDONTWRITEBYTECODE =
@@ -48,6 +48,9 @@ faults: $(DEVELOPMENT) ## FAULT=7: inject every fault of the table, or one, into
 
 soak: $(DEVELOPMENT) ## MINUTES=5 SEED=1: kill and freeze everything at random for so long, and count what was lost
 	@exec $(BIN)/python -m tests.faults --minutes '$(or $(MINUTES),5)' --seed '$(or $(SEED),1)' $(ARGS)
+
+fuzz: $(DEVELOPMENT) ## wrong data at every door, 20 times as much as in the tests and new each time; ARGS=… for pytest
+	@HYPOTHESIS_PROFILE=long exec $(BIN)/python -m pytest -n 2 $(if $(BACKEND),--backend $(BACKEND)) tests/fuzz $(ARGS)
 
 check: $(DEVELOPMENT) ## format, lint, types, imports
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports

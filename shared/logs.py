@@ -22,7 +22,11 @@ from prometheus_client import Counter
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import FilteringBoundLogger, Processor
 
-_QUIET_LIBRARIES = ("asyncio", "aiohttp", "nats", "urllib3", "alembic", "sqlalchemy")
+_LEAST_LEVELS = {
+    **dict.fromkeys(("asyncio", "aiohttp", "nats", "alembic", "sqlalchemy"), logging.WARNING),
+    "urllib3": logging.ERROR,  # it warns, with a traceback, of every header that it cannot read
+}
+"""Of what libraries have to say."""
 
 
 STUCK_SECONDS_MAX = 0.2
@@ -201,5 +205,5 @@ def configure(service: str, level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [library_records]
     root.setLevel(level)
-    for name in _QUIET_LIBRARIES:
-        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    for name, least in _LEAST_LEVELS.items():
+        logging.getLogger(name).setLevel(max(least, root.level))

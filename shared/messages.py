@@ -26,6 +26,13 @@ Symbol = Annotated[str, StringConstraints(min_length=1, max_length=32, pattern=r
 """The instrument at the venue: `AAPL`, `BRK.B`, `BTC/USD`. Printable ASCII without spaces, as `positions.ticker`."""
 
 
+INTEGER_MAX, BIGINT_MAX = 2**31 - 1, 2**63 - 1
+"""The largest numbers that columns of the tables hold."""
+
+UserId = Annotated[int, Field(ge=1, le=INTEGER_MAX)]
+FeedName = Annotated[str, StringConstraints(max_length=32)]
+
+
 class AssetClass(StrEnum):
     EQUITY = "equity"
     CRYPTO = "crypto"
@@ -99,8 +106,8 @@ class PriceTick(Message):
     price: Price = Field(description="Of the last trade, in US dollars per share or coin.")
     traded_at: AwareDatetime = Field(description="When the trade happened at the venue.")
     received_at: AwareDatetime = Field(description="When the price feeder received it.")
-    feed: str = Field(description="Where it comes from: `iex`, `sip`, `us` (crypto) or `simulated`.")
-    sequence: int = Field(ge=1, description="Counts the symbol's changes, without gaps.")
+    feed: FeedName = Field(description="Where it comes from: `iex`, `sip`, `us` (crypto) or `simulated`.")
+    sequence: int = Field(ge=1, le=BIGINT_MAX, description="Counts the symbol's changes, without gaps.")
 
 
 class SnapshotDue(Message):
@@ -136,14 +143,14 @@ class SnapshotRequested(Message):
     Refused with 429 while the user's last request is too young, 404 for an unknown user, 403 for a deactivated one.
     """
 
-    user_id: int = Field(description="As `users.id`.")
+    user_id: UserId = Field(description="As `users.id`.")
     requested_at: AwareDatetime = Field(description="Becomes the snapshot's timestamp.")
 
 
 class SnapshotTaken(Message):
     """A user's requested snapshot is committed. On `portfolio.v1.requested_snapshot_taken`."""
 
-    user_id: int = Field(description="As `users.id`.")
+    user_id: UserId = Field(description="As `users.id`.")
     timestamp: AwareDatetime = Field(description="The snapshot's; the moment of the request.")
     total_value: Money = Field(description="Investment value and cash, in US dollars.")
     cash_balance: Money = Field(description="In US dollars.")
@@ -219,7 +226,7 @@ class RefreshRequested(Message):
     user, 503 while prices cannot be asked for.
     """
 
-    user_id: int = Field(description="As `users.id`.")
+    user_id: UserId = Field(description="As `users.id`.")
     requested_at: AwareDatetime = Field(description="When the user asked.")
 
 

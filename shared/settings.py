@@ -15,22 +15,32 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 JWT_SECRET_BYTES_MIN = 32
+FILE_BYTES_MAX = 65_536
+"""Of a file that holds a value; a device that never ends is none."""
 
 
 class SettingsError(Exception):
     """One or more settings are wrong; the text names each variable and says what is wrong with it."""
 
 
+def parts_of_url(url: str) -> SplitResult:
+    """Take a URL apart; of what is none all parts are empty: the library's refusal would quote it, password and all."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
+
+
 def _checked_servers(value: SecretStr) -> SecretStr:
     for url in value.get_secret_value().split(","):
-        parts = urlsplit(url.strip())
+        parts = parts_of_url(url.strip())
         if parts.scheme not in ("nats", "tls") or not parts.hostname or not _has_port(parts):
             raise ValueError("must be URLs like nats://user:password@host:4222, with commas between")
     return value
 
 
 def _checked_database(value: SecretStr) -> SecretStr:
-    parts = urlsplit(value.get_secret_value())
+    parts = parts_of_url(value.get_secret_value())
     hosts = parts.netloc.rpartition("@")[2].split(",")  # several hosts are one URL
     ports_are_right = all(_has_port(urlsplit(f"//{host}")) for host in hosts)
     if parts.scheme != "postgresql" or not (parts.netloc or "host=" in parts.query) or not ports_are_right:
@@ -159,9 +169,14 @@ class _NamedFileSource(PydanticBaseSettingsSource):
         if not path:
             return None, field_name, False
         try:
-            return Path(path).read_text(encoding="utf-8").strip(), field_name, False
-        except (OSError, UnicodeDecodeError) as error:
+            with Path(path).open("rb") as file:
+                content = file.read(FILE_BYTES_MAX + 1)
+            text = content.decode()
+        except (OSError, ValueError) as error:
             raise SettingsError(f"{field_name.upper()}_FILE cannot be read: {error}") from error
+        if len(content) > FILE_BYTES_MAX:
+            raise SettingsError(f"{field_name.upper()}_FILE is longer than {FILE_BYTES_MAX} bytes: {path}")
+        return text.strip(), field_name, False
 
     def __call__(self) -> dict[str, Any]:
         values = {

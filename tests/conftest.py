@@ -22,9 +22,11 @@ from tests.waiting import eventually
 
 ROOT = Path(__file__).parent.parent
 
-# How long an example takes says something of the machine alone, which may stand still meanwhile.
-hypothesis.settings.register_profile("foliotick", deadline=None)
-hypothesis.settings.load_profile("foliotick")
+# How long an example takes says something of the machine alone, which may stand still meanwhile. The short profile
+# tries the same examples every time, so that a green suite stays green; `make fuzz` looks for new ones.
+hypothesis.settings.register_profile("short", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("long", deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

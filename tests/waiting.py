@@ -4,9 +4,12 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import NoRespondersError
 
 T = TypeVar("T")
 
@@ -36,3 +39,16 @@ async def settled(client: Client) -> None:
     await client.publish(echo.subject)
     await echo.next_msg(timeout=10)
     await echo.unsubscribe()
+
+
+async def answered(client: Client, subject: str, payload: bytes) -> Msg:
+    """Return the answer to a request, as soon as there is somebody who answers."""
+
+    async def answer() -> Msg | None:
+        with suppress(NoRespondersError):
+            return await client.request(subject, payload, timeout=10)
+        return None
+
+    found = await eventually(answer)
+    assert found is not None
+    return found

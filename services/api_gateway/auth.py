@@ -122,12 +122,12 @@ class Verifier:
         subject = claims["sub"]
         if expires_at <= time.time():
             raise _refused(TOKEN_EXPIRED, "The token has expired.")
-        if not _is_storable(subject):
+        if not is_storable(subject):
             raise _refused(TOKEN_INVALID, _NOT_A_SUBJECT)
         return Identity(subject, expires_at)
 
 
-def _is_storable(subject: str) -> bool:
+def is_storable(subject: str) -> bool:
     """Tell whether `users.subject` can hold it: PostgreSQL's text has no NUL and no lone surrogates."""
     try:
         subject.encode()
@@ -138,11 +138,7 @@ def _is_storable(subject: str) -> bool:
 
 def _bearer_token(authorization: Sequence[str]) -> str:
     if not authorization:
-        raise Problem(
-            TOKEN_MISSING,
-            "Send the header `Authorization: Bearer <token>`.",
-            headers={"WWW-Authenticate": 'Bearer realm="foliotick"'},
-        )
+        raise Problem(TOKEN_MISSING, "Send the header `Authorization: Bearer <token>`.")
     if len(authorization) > 1:
         raise _refused(TOKEN_MALFORMED, "There is more than one Authorization header.")
     scheme, _, token = authorization[0].partition(" ")

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, cast
 
-from aiohttp import web
+from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp.http_parser import RawRequestMessage
 from prometheus_client import Gauge
 
 from services.api_gateway.edge import Edge, Handler
@@ -24,6 +25,9 @@ WRITE_SECONDS_MAX = 10.0
 BACKLOG = 1024
 FILES_FOR_OTHERS = 256
 """Open files that are not connections of clients: to the database, to the bus, the health port, modules."""
+
+_VERSIONS = (HttpVersion11, HttpVersion10)
+"""The parser lets 0.9 and 2.0 pass as well, in which the library would answer; they get an answer of 1.0."""
 
 log = logs.get_logger()
 connections_open = Gauge("gateway_connections_open", "Connections of clients, streams among them")
@@ -164,7 +168,14 @@ class _Runner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         server = await super()._make_server()
         self._edge = edge = self._edge_around(server.request_handler)
-        return _Server(edge, self._connections, request_factory=server.request_factory, **self._kwargs)
+        make_request = server.request_factory
+
+        def request(message: RawRequestMessage, *others: Any) -> web.BaseRequest:
+            if message.version not in _VERSIONS:
+                message = message._replace(version=HttpVersion10, should_close=True)
+            return make_request(message, *others)
+
+        return _Server(edge, self._connections, request_factory=request, **self._kwargs)
 
 
 @asynccontextmanager

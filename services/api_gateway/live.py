@@ -7,7 +7,7 @@ notifies that cash or positions have changed, and when something may have been m
 import asyncio
 import time
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal, Protocol
 
 from prometheus_client import Gauge
@@ -22,7 +22,14 @@ from shared.clock import utc_now, wait_for_stop
 from shared.database import DatabaseUnavailable, SchemaMissing
 from shared.freshness import market_moment, price_status
 from shared.market_calendar import Calendar
-from shared.messages import ALL_PRICES, PRICES_CONFIRMED, PricesConfirmed, PriceTick, price_subject
+from shared.messages import (
+    ALL_PRICES,
+    BIGINT_MAX,
+    PRICES_CONFIRMED,
+    PricesConfirmed,
+    PriceTick,
+    price_subject,
+)
 
 SUBJECTS = (ALL_PRICES, PRICES_CONFIRMED)
 """What `Live` is to hear on the bus."""
@@ -39,6 +46,12 @@ SILENT_SECONDS_MAX = 30.0
 """When no tick and no confirmation was heard for so long, the feeder may be cut off from the bus, or rest."""
 SILENT_READ_SECONDS = 5.0
 """How often prices are read from the database then: one statement for all symbols."""
+CHECK_SECONDS = 60.0
+"""How often prices are read though all is heard: for what the bus does not promise, and for who may not be believed."""
+FUTURE_MAX = timedelta(seconds=10)
+"""How far a sender's clock may be ahead. What is further ahead is not taken, and what the table has is read instead."""
+SEQUENCE_JUMP_MAX = 1000
+"""So many changes of a symbol cannot all have been missed while everything is heard."""
 RETRY_SECONDS = 1.0
 READINGS_AT_ONCE_MAX = 4
 ENDING_SLICE_SECONDS = 0.05
@@ -105,8 +118,10 @@ class Live:
         """Symbols that are heard already, but whose prices of before could not be read yet."""
         self._quotes_are_behind = False
         self._is_heard = False
+        self._is_doubtful = False
+        """Something was heard that was not believed."""
         self._heard_at = time.monotonic()
-        self._prices_read_at = 0.0
+        self._prices_read_at = time.monotonic()
         self._readings = 0
         self._wanted = asyncio.Event()
         self._watching_symbols = asyncio.Lock()
@@ -174,7 +189,11 @@ class Live:
                 if tick.symbol == quote.symbol:
                     self._hear_tick(quote, tick)
             elif subject == PRICES_CONFIRMED:
-                self._confirm(PricesConfirmed.model_validate_json(payload))
+                confirmed = PricesConfirmed.model_validate_json(payload)
+                if confirmed.confirmed_at <= utc_now() + FUTURE_MAX:
+                    self._confirm(confirmed)
+                else:
+                    self._doubt(subject, "confirmed_at is in the future")
         except ValidationError as error:
             reason = str(error.errors()[0]["msg"])
             log.warning("message_malformed", subject=subject, reason=reason, size=len(payload))
@@ -187,8 +206,19 @@ class Live:
         self._is_heard = True
         self._read_prices_soon()
 
+    def _doubt(self, subject: str, reason: str) -> None:
+        """Do not believe a message, and read soon what the table has; said once until then."""
+        if not self._is_doubtful:
+            log.warning("message_doubtful", subject=subject, reason=reason)
+        self._is_doubtful = True
+
     def _hear_tick(self, quote: Quote, tick: PriceTick) -> None:
-        if tick.sequence > quote.sequence:
+        jump_max = BIGINT_MAX if quote.symbol in self._unread else SEQUENCE_JUMP_MAX
+        if tick.received_at > utc_now() + FUTURE_MAX:
+            self._doubt(price_subject(tick.symbol), "received_at is in the future")
+        elif tick.sequence > quote.sequence + jump_max:
+            self._doubt(price_subject(tick.symbol), "its sequence is far ahead of the last one")
+        elif tick.sequence > quote.sequence:
             self._price(quote, tick, tick.received_at)
         elif quote.received_at is not None and tick.received_at > quote.received_at:
             self._read_prices_soon()  # its row was deleted, and numbers have begun anew: the table knows
@@ -265,7 +295,7 @@ class Live:
         """Read the prices of all watched symbols if some may have been missed; tell whether that went well."""
         if not self._quotes_are_behind:
             return True
-        self._quotes_are_behind = False
+        self._quotes_are_behind = self._is_doubtful = False
         self._prices_read_at = time.monotonic()
         try:
             await self._read_prices(self._quotes)
@@ -353,11 +383,13 @@ class Live:
 
     async def _read_prices(self, symbols: Iterable[str]) -> None:
         """Take the cached prices, where none newer was heard."""
-        sequences = {symbol: self._quotes[symbol].sequence for symbol in symbols}
+        known = {
+            symbol: (self._quotes[symbol].sequence, self._quotes[symbol].confirmed_at) for symbol in symbols
+        }
         source = replica.showing(self._database, time.monotonic())
-        found = {price.symbol: price for price in await queries.prices(source, list(sequences))}
-        self._unread.difference_update(sequences)
-        for symbol, sequence in sequences.items():
+        found = {price.symbol: price for price in await queries.prices(source, list(known))}
+        self._unread.difference_update(known)
+        for symbol, (sequence, confirmed_at) in known.items():
             quote, price = self._quotes.get(symbol), found.get(symbol)
             if quote is None:
                 continue
@@ -367,6 +399,9 @@ class Live:
                     self._touch(symbol)
             elif quote.sequence == sequence and quote.received_at != price.received_at:
                 self._price(quote, price, price.confirmed_at)  # nothing was heard meanwhile: so it is
+            elif quote.sequence == sequence and quote.confirmed_at == confirmed_at:
+                quote.confirmed_at = price.confirmed_at  # nor here: what was heard before is in the table
+                self._judge(quote)
             else:
                 self._confirm_quote(quote, price.confirmed_at)
 
@@ -389,11 +424,8 @@ class Live:
         for quote in self._quotes.values():
             self._judge(quote)
         at = time.monotonic()
-        is_silent = at - self._heard_at > SILENT_SECONDS_MAX
-        if not self._is_heard or is_silent:
-            pause = SILENT_READ_SECONDS if self._is_heard else UNHEARD_SECONDS
-            if self._quotes and at - self._prices_read_at >= pause:
-                self._read_prices_soon()
+        if self._quotes and at - self._prices_read_at >= self._pause_seconds(at):
+            self._read_prices_soon()
         unwatched_since_min = at - UNWATCHED_SECONDS_MAX
         for watched in tuple(self._by_subject.values()):
             for watcher in tuple(watched.watchers):
@@ -406,6 +438,12 @@ class Live:
                 self._holders.pop(symbol, None)
                 self._unread.discard(symbol)
                 del self._quotes[symbol], self._quotes_by_price_subject[price_subject(symbol)]
+
+    def _pause_seconds(self, at: float) -> float:
+        """Return after what time prices are read again."""
+        if not self._is_heard or self._is_doubtful:
+            return UNHEARD_SECONDS
+        return SILENT_READ_SECONDS if at - self._heard_at > SILENT_SECONDS_MAX else CHECK_SECONDS
 
 
 class Notifications:

@@ -68,6 +68,8 @@ class Problem(Exception):
         self.detail = detail
         self.headers = dict(headers or {})
         self.members = members
+        if kind.status == 401:
+            self.headers.setdefault("WWW-Authenticate", 'Bearer realm="foliotick"')
         if kind.status in (429, 503):
             self.headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
 

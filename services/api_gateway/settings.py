@@ -1,16 +1,16 @@
 """Settings of the API gateway."""
 
 from typing import Annotated
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
-from shared.settings import DatabaseUrl, JwtSecret, Port, ServiceSettings, Timezone
+from shared.settings import DatabaseUrl, JwtSecret, Port, ServiceSettings, Timezone, parts_of_url
 
 
 def _http_url(value: str) -> str:
-    parts = urlsplit(value)
+    parts = parts_of_url(value)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("an https:// or http:// URL")
     return value
@@ -24,7 +24,7 @@ def _separated(value: object) -> object:
 
 def _origins(values: tuple[str, ...]) -> tuple[str, ...]:
     for value in values:
-        parts = urlsplit(value)
+        parts = parts_of_url(value)
         if (
             parts.scheme not in ("http", "https")
             or value != f"{parts.scheme}://{parts.netloc}"
@@ -37,7 +37,7 @@ def _origins(values: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _single_server(url: SecretStr) -> SecretStr:
-    parts = urlsplit(url.get_secret_value())
+    parts = parts_of_url(url.get_secret_value())
     if any("," in host for host in (parts.netloc.rpartition("@")[2], *parse_qs(parts.query).get("host", ()))):
         raise ValueError("the URL of one server: how far it is behind is measured, not that of another")
     return url

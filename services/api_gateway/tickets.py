@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 from pydantic import ValidationError
 
-from services.api_gateway.auth import Identity
+from services.api_gateway.auth import Identity, is_storable
 from services.api_gateway.problems import TICKET_INVALID, TICKETS_UNAVAILABLE, Problem
 from shared import logs
 from shared.bus import Bus, BusUnavailable
@@ -57,7 +57,7 @@ async def redeemed(bus: Bus, ticket: str, now: datetime, *, seconds_max: float) 
     except ValidationError as error:
         log.warning("ticket_malformed", reason=str(error.errors()[0]["msg"]))
         found = None
-    if found is None or found.ticket_expires_at <= now:
+    if found is None or found.ticket_expires_at <= now or not is_storable(found.subject):
         raise Problem(TICKET_INVALID, "The ticket is unknown, used already, or too old.")
     return Identity(found.subject, found.token_expires_at.timestamp())
 

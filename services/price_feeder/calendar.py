@@ -107,7 +107,7 @@ def days_of(raw: object, first: date, last: date) -> dict[date, Session | None]:
                 datetime.combine(day, time.fromisoformat(entry[name]), NEW_YORK).astimezone(UTC)
                 for name in ("open", "close")
             )
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise MarketDataUnavailable("answered with a calendar that cannot be read") from error
         session = Session(opens_at, closes_at)
         if not is_on_day(session, day):

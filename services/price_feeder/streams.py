@@ -250,6 +250,7 @@ class Stream:
         self._wanted: tuple[str, ...] = ()
         self._steering_wanted = asyncio.Event()
         self._answer: asyncio.Future[int] | None = None
+        self._asked_for: set[str] = set()
         self._with_statuses = feed in _WITH_STATUSES
         self._accepted_count = 0
         self._refused_count: int | None = None
@@ -322,6 +323,7 @@ class Stream:
             async with asyncio.timeout(HANDSHAKE_SECONDS_MAX):
                 await connection.open()
             self._label = SIMULATED if connection.simulated else self._feed
+            self._asked_for.clear()
             self._missed_rounds = 0
             working = {
                 asyncio.create_task(self._hear(connection)),
@@ -364,8 +366,9 @@ class Stream:
         waiting = self._answer if self._answer and not self._answer.done() else None
         if message["T"] == "subscription":
             trades = message.get("trades")
-            heard = frozenset(filter(_is_text, trades)) if isinstance(trades, list) else frozenset()
-            self._set_subscribed(heard)
+            named = filter(_is_text, trades) if isinstance(trades, list) else ()
+            # A symbol that nobody has asked for has no place in the table, and may not even fit it.
+            self._set_subscribed(frozenset(self._asked_for.intersection(named)))
             if waiting:
                 waiting.set_result(0)
         elif message["T"] == "error":
@@ -386,6 +389,8 @@ class Stream:
                 await self._steering_wanted.wait()
                 continue
             action, symbols = request
+            if action == "subscribe":
+                self._asked_for.update(symbols)
             self._answer = asyncio.get_running_loop().create_future()
             async with asyncio.timeout(ANSWER_SECONDS_MAX):
                 await connection.change(action, symbols, statuses=self._with_statuses)
@@ -451,7 +456,7 @@ class Stream:
         problem = (
             "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
         )
-        metrics.STREAM_FAILURES.labels(self.name, code or "connection").inc()
+        metrics.STREAM_FAILURES.labels(self.name, _label(code)).inc()
         if code in _ABOUT_THE_KEY:
             self._set_state(StreamState.REFUSED, problem)
             log.error("market_stream_refused", stream=self.name, problem=problem, advice=REFUSED_ADVICE)
@@ -503,6 +508,13 @@ class Stream:
 def _error(message: dict[Any, Any]) -> StreamError:
     code, text = message.get("code"), str(message.get("msg") or "error")[:200]
     return StreamError(code if isinstance(code, int) else _CODES.get(text, 500), text)
+
+
+def _label(code: int) -> str:
+    """Return what a metric calls the code of an error; a market cannot make up more series than there are codes."""
+    if not code:
+        return "connection"
+    return str(code) if code in range(400, 600) else "other"
 
 
 def _is_text(value: object) -> bool:

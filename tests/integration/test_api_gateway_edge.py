@@ -68,6 +68,18 @@ async def test_head_has_no_body(gateway: Gateway) -> None:
     assert (answer.status, answer.text) == (200, "")
 
 
+@pytest.mark.parametrize("line", [b"GET /healthz", b"GET /healthz HTTP/0.9", b"GET /healthz HTTP/2.0"])
+async def test_another_version_of_http_is_answered_in_one_that_is_known(
+    gateway: Gateway, line: bytes
+) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(line + b"\r\nHost: h\r\n\r\n")
+    async with asyncio.timeout(10):
+        answer = await reader.read()  # to the end: the connection is closed
+    writer.close()
+    assert answer.startswith((b"HTTP/1.0 200 ", b"HTTP/1.0 400 ", b"HTTP/1.1 400 "))
+
+
 async def test_served_document_is_the_committed_one(gateway: Gateway) -> None:
     answer = await gateway.get("/api/openapi.json", None)
     assert answer.status == 200

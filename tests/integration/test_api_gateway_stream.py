@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from datetime import timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from itertools import pairwise
 from typing import Any
@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 from pydantic import BaseModel
 
+from services.api_gateway import live
 from services.api_gateway.admission import Admission
 from services.api_gateway.live import Live
 from services.api_gateway.responses import CurrentPortfolio, Heartbeat, PortfolioChange, StreamEnd, Ticket
@@ -283,9 +284,21 @@ async def test_an_old_ticket_is_refused(gateway: Gateway, bus: Bus) -> None:
     assert (await gateway.ask("GET", f"{PATH}?ticket={old}")).status == 401
 
 
+@pytest.mark.parametrize("subject", ["demo\x00", "", "x" * 256])
+async def test_a_ticket_of_nobody_who_could_be_stored_is_refused(
+    gateway: Gateway, bus: Bus, subject: str
+) -> None:
+    forged = "x" * 43
+    later = utc_now() + timedelta(seconds=30)
+    message = StreamTicket(subject=subject, ticket_expires_at=later, token_expires_at=later)
+    await bus.put(TICKETS, ticket_subject(hashlib.sha256(forged.encode()).hexdigest()), message)
+    assert (await gateway.ask("GET", f"{PATH}?ticket={forged}")).status == 401
+
+
 @pytest.mark.parametrize("given_ticket", ["", "short", "x" * 43, "x" * 4000, "%00", "*", "../.."])
 async def test_nonsense_is_no_ticket(gateway: Gateway, given_ticket: str) -> None:
-    assert (await gateway.ask("GET", f"{PATH}?ticket={given_ticket}")).status == 401
+    answer = await gateway.ask("GET", f"{PATH}?ticket={given_ticket}")
+    assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, 'Bearer realm="foliotick"')
 
 
 async def test_a_token_is_needed_and_one_credential_is_enough(gateway: Gateway) -> None:
@@ -593,6 +606,76 @@ async def test_changes_made_while_notifications_were_not_heard_are_found(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'api_gateway_listens'"
             )
         await stream.until(lambda shown: shown["cash_balance"] == Decimal("1.00"))
+
+
+# ---- who may not be believed ---------------------------------------------------------------------
+
+
+def price_of(shown: dict[str, Any], symbol: str) -> tuple[Decimal, str]:
+    (found,) = (held for held in shown["positions"] if held["ticker"] == symbol)
+    return found["price_per_share"], found["price_status"]
+
+
+async def say(bus: Bus, *, received_at: datetime, sequence: int) -> None:
+    """Say that AAPL costs a dollar, which the table does not."""
+    forged = PriceTick(
+        symbol="AAPL",
+        price=Decimal("1.00"),
+        traded_at=received_at,
+        received_at=received_at,
+        feed="iex",
+        sequence=sequence,
+    )
+    await bus.publish(Outgoing(price_subject("AAPL"), forged))
+
+
+async def test_a_tick_that_cannot_be_is_not_shown(gateway: Gateway, database: Database, bus: Bus) -> None:
+    async with sse(gateway) as stream:
+        await stream.next("portfolio")
+        await say(bus, received_at=utc_now() + timedelta(hours=1), sequence=2)
+        await say(bus, received_at=utc_now(), sequence=1 + live.SEQUENCE_JUMP_MAX + 1)
+        await trade(database, bus, "IBM", "101.00")  # heard after the others
+        shown = await stream.until(lambda shown: price_of(shown, "IBM")[0] == Decimal("101.00"))
+        assert price_of(shown, "AAPL")[0] == Decimal("175.00")
+        await trade(database, bus, "AAPL", "176.00")
+        await stream.until(lambda shown: price_of(shown, "AAPL")[0] == Decimal("176.00"))
+    assert all(price_of(event.data, "AAPL")[0] > 1 for event in stream.events if event.name == "portfolio")
+
+
+async def test_a_tick_that_the_table_does_not_have_does_not_last(
+    gateway: Gateway, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with sse(gateway) as stream:
+        await stream.next("portfolio")
+        await say(bus, received_at=utc_now(), sequence=2)
+        await stream.until(lambda shown: price_of(shown, "AAPL")[0] == Decimal("1.00"))
+        monkeypatch.setattr(live, "CHECK_SECONDS", 0.2)
+        await stream.until(lambda shown: price_of(shown, "AAPL")[0] == Decimal("175.00"))
+        assert stream.shown == (await gateway.get(CURRENT)).json()
+
+
+async def test_a_confirmation_from_the_future_makes_no_price_fresh(
+    gateway: Gateway, database: Database, bus: Bus
+) -> None:
+    await set_price(database, "AAPL", "175.00", age=timedelta(minutes=10))
+    async with sse(gateway) as stream:
+        assert price_of((await stream.next("portfolio")).data, "AAPL")[1] == "stale"
+        later = utc_now() + timedelta(hours=1)
+        await bus.publish(Outgoing(PRICES_CONFIRMED, PricesConfirmed(confirmed_at=later, symbols=("AAPL",))))
+        await trade(database, bus, "IBM", "101.00")
+        shown = await stream.until(lambda shown: price_of(shown, "IBM")[0] == Decimal("101.00"))
+        assert price_of(shown, "AAPL") == (Decimal("175.00"), "stale")
+
+
+async def test_a_confirmation_that_the_table_has_no_more_does_not_last(
+    gateway: Gateway, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "CHECK_SECONDS", 0.2)
+    await set_price(database, "AAPL", "175.00", age=timedelta(hours=-1))  # by a clock that was wrong
+    async with sse(gateway) as stream:
+        assert price_of((await stream.next("portfolio")).data, "AAPL")[1] == "live"
+        await database.fetch("UPDATE asset_prices SET updated_at = now() - interval '10 minutes'")
+        await stream.until(lambda shown: price_of(shown, "AAPL")[1] == "stale")
 
 
 # ---- exactness -----------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from tests.waiting import eventually
 
 THURSDAY, FRIDAY, SATURDAY = date(2026, 11, 26), date(2026, 11, 27), date(2026, 11, 28)
 HALF_DAY = Session(datetime(2026, 11, 27, 14, 30, tzinfo=UTC), datetime(2026, 11, 27, 18, tzinfo=UTC))
+CLOSES_AFTER_TIME_ENDS = '[{"date":"9999-12-31","open":"09:30","close":"23:00"}]'
 NOWHERE = "postgresql://nobody:nothing@127.0.0.1:1/none"
 
 
@@ -69,6 +70,7 @@ async def answering(answer: Callable[[], web.StreamResponse]) -> AsyncIterator[s
         (200, "{}", {}, MarketDataUnavailable),
         (200, "[]", {}, MarketDataUnavailable),
         (200, "[1]", {}, MarketDataUnavailable),
+        (200, CLOSES_AFTER_TIME_ENDS, {}, MarketDataUnavailable),
         (401, "{}", {}, Unauthorized),
         (429, "{}", {"Retry-After": "7"}, RateLimited),
         (500, "{}", {}, MarketDataUnavailable),

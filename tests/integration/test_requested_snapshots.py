@@ -24,7 +24,7 @@ from shared.messages import (
 from tests.factories import create_user, make_partitions, set_position, set_price
 from tests.integration.responders import SNAPSHOT_COOLDOWN as COOLDOWN
 from tests.integration.responders import snapshotter
-from tests.waiting import eventually
+from tests.waiting import answered, eventually
 
 AT = datetime(2026, 3, 2, 15, 2, 10, 123456, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -315,6 +315,20 @@ async def test_it_is_answered_and_announced_after_the_commit(
     assert count(requested.requests_handled, "taken") == before + 1
     (line,) = [line for line in logged if line["event"] == "requested_snapshot_taken"]
     assert (line["user_id"], line["requested_at"], line["added"]) == (user_id, at.isoformat(), True)
+
+
+@pytest.mark.parametrize("user_id", ["0", "-1", "2147483648", "9223372036854775808", "1" + "0" * 400])
+async def test_a_user_that_no_table_can_hold_is_refused(
+    database_url: str, bus: Bus, nats_url: str, user_id: str
+) -> None:
+    payload = f'{{"user_id":{user_id},"requested_at":"{utc_now().isoformat()}"}}'.encode()
+    client = await nats.connect(nats_url)
+    try:
+        async with snapshotter(database_url, bus):
+            answer = await answered(client, SNAPSHOT_REQUESTED, payload)
+    finally:
+        await client.close()
+    assert (answer.headers or {})["Nats-Service-Error-Code"] == "400"
 
 
 async def test_time_that_is_not_now_is_refused(database: Database, database_url: str, bus: Bus) -> None:

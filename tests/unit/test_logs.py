@@ -43,6 +43,19 @@ logs.get_logger().{level}("request_served", **{data})
     assert json.loads(direct)["level"] == level
 
 
+def test_what_a_server_sends_makes_no_library_print_a_traceback() -> None:
+    assert not written(
+        """
+logs.configure("price_feeder", "INFO")
+import logging
+try:
+    raise ValueError("[MissingHeaderBodySeparatorDefect()], unparsed data: 'Content'")
+except ValueError:
+    logging.getLogger("urllib3.connection").warning("Failed to parse headers", exc_info=True)
+"""
+    )
+
+
 def test_text_outside_ascii_is_escaped_in_either_line() -> None:
     direct, piped = written(
         """

@@ -62,6 +62,11 @@ def test_a_file_that_cannot_be_read_is_said(monkeypatch: pytest.MonkeyPatch, tmp
     assert "DATABASE_URL_FILE cannot be read" in problems()[0]
 
 
+def test_a_file_that_never_ends_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL_FILE", "/dev/zero")
+    assert problems() == ["DATABASE_URL_FILE is longer than 65536 bytes: /dev/zero"]
+
+
 @pytest.mark.parametrize("given", ["postgres://u:p@h/d", "postgresql+asyncpg://u:p@h/d"])
 def test_other_spellings_of_the_scheme_are_understood(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     monkeypatch.setenv("DATABASE_URL", given)
@@ -103,6 +108,18 @@ def test_a_url_that_leads_nowhere_stops_the_start(
 def test_a_secret_is_not_shown_when_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", GOOD)
     assert "hidden" not in repr(settings.load(Settings))
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["postgresql://user:hidden@h\u2100/d", "postgresql://user:hidden@[h/d", "postgresql://[user:hidden@h"],
+)
+def test_a_url_that_cannot_be_taken_apart_is_not_quoted(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("DATABASE_URL", given)
+    monkeypatch.setenv("NATS_URL", given.replace("postgresql", "nats"))
+    said = problems()
+    assert sorted(line.partition(" must be ")[0] for line in said) == ["DATABASE_URL", "NATS_URL"]
+    assert "hidden" not in "".join(said)
 
 
 def test_retention_ends_where_it_has_been_measured(monkeypatch: pytest.MonkeyPatch) -> None:
