@@ -233,6 +233,7 @@ class Database:
             try:
                 return await self._attempt(work, began_at)
             except _CONNECTION_GONE:
+                await self._end_idle()
                 remaining = began_at + CONNECT_TIMEOUT_SECONDS + seconds_max - time.monotonic()
                 async with asyncio.timeout(remaining):
                     return await self._attempt(work, time.monotonic())
@@ -374,7 +375,7 @@ class Database:
             connection.terminate()
 
     async def _end_idle(self) -> None:
-        """End all connections that are not in use."""
+        """End all connections that are not in use: what has ended one of them has most likely ended them all."""
         for connection in self._kept[:]:
             self._idle.end(connection)
             self._end(connection)
@@ -432,6 +433,7 @@ class Database:
         try:
             return await self._begin_on(await self._borrow(began_at))
         except _CONNECTION_GONE:
+            await self._end_idle()
             return await self._begin_on(await self._borrow(began_at))
 
     async def _begin_on(self, connection: Connection) -> tuple[Connection, Transaction]:

@@ -53,9 +53,9 @@ async def _play(row: Row, system: System, seed: int) -> bool:
     async with mix.lively(system, seed) as life:
         try:
             seen, problem = await row.play(system, life), ""
+            await system.heal()
         except AssertionError as error:
             seen, problem = "not what must be seen", str(error)
-        await system.heal()
     verdict = await life.verdict(system)
     is_good = not problem and verdict.is_good
     say(f"{row.number:>3}  {row.name}  ({time.monotonic() - began:.0f} s)")

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -77,6 +78,9 @@ async def _disk_full(system: System, life: Life) -> str:
                     if status == 503:
                         texts.add(text)
         assert texts, f"no service says that the disk of {part.name} is full"
+        if part is system.nats:
+            # It does not write again by itself: the health check of docker-compose.yml ends it once there is room.
+            await part.terminate(signal.SIGTERM)
 
         async def are_ready() -> bool:
             ready = await asyncio.gather(*(service.is_ready() for service in system.all_services))
