@@ -12,7 +12,6 @@ from decimal import Decimal
 from typing import Any
 
 import aiohttp
-import jwt
 
 from tests.faults.parts import Part
 from tests.faults.population import UNKNOWN_SYMBOL, User
@@ -75,9 +74,7 @@ class Readers:
     async def ask(self, http: aiohttp.ClientSession, gateway: str, user: User, path: str) -> None:
         """Ask one gateway for a user's portfolio, and judge the answer."""
         port = self.system.gateway_ports[gateway]
-        token = jwt.encode(
-            {"sub": user.subject, "exp": int(time.time()) + 60}, self.system.jwt_secret, "HS256"
-        )
+        token = self.system.token(user.subject)
         floors = {symbol: self._newest[symbol] for symbol in user.shares if symbol in self._newest}
         began_at = time.monotonic()
         try:

@@ -26,7 +26,14 @@ def test_a_minute_begins_with_its_first_request_and_then_anew() -> None:
 
 def test_the_busiest_minute_is_any_sixty_seconds() -> None:
     busiest = BusiestMinute()
-    for now_s in (0, 50, 60, 109.9, 110, 300):  # 50, 60 and 109.9 are within 60 s, and so are 60, 109.9 and 110
+    for now_s in (
+        0,
+        50,
+        60,
+        109.9,
+        110,
+        300,
+    ):  # 50, 60 and 109.9 are within 60 s, and so are 60, 109.9 and 110
         busiest.count(now_s)
     assert busiest.requests == 3
 

@@ -31,6 +31,15 @@ async def lease_holder(system: System) -> Service:
     return found
 
 
+async def change_lease_holder(system: System) -> Service:
+    """Stop the feeder that has the lease, as an operator does; return the one that has it then."""
+    old = await lease_holder(system)
+    await old.terminate()
+    new = await lease_holder(system)
+    await old.wait_until_ready()
+    return new
+
+
 async def _is_one_leader(system: System) -> bool:
     held = [await metric(feeder, "price_feeder_lease_held") for feeder in system.services["price_feeder"]]
     return sum(held) == 1
