@@ -15,6 +15,11 @@ def market_value(shares: Decimal, price: Decimal) -> Decimal:
     return (shares * price).quantize(CENT, ROUND_HALF_UP)
 
 
+def traded_at(trade: Trade) -> datetime:
+    """Return a trade's time as the feeder stores it: what is beyond a microsecond is cut."""
+    return _EPOCH + timedelta(microseconds=trade.at_ns // 1000)
+
+
 class Market:
     """The market of a seed."""
 
