@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -52,7 +53,9 @@ CUT_OFF_SECONDS_MAX = 30.0
 
 OVERLOAD_TIMES = 10
 OVERLOAD_SECONDS, CAPACITY_SECONDS = 30.0, 5.0
-CAPACITY_CONNECTIONS, OVERLOAD_CONNECTIONS = 32, 1000
+CAPACITY_CONNECTIONS, OVERLOAD_CONNECTIONS = 32, 6000
+"""Each waits for its answer before it asks again: with fewer, slow answers would keep the load down."""
+FILES_MIN = OVERLOAD_CONNECTIONS + 1000
 OVERLOAD_MEMORY_MB_MORE_MAX = 100.0
 REFUSED_SECONDS_MAX = 1.0
 """Within which the most of those who are refused must know it."""
@@ -437,6 +440,11 @@ async def _seconds_to_normal(system: System) -> float:
     return await seconds_until(is_normal, OVERLOAD_RECOVERY_SECONDS_MAX)
 
 
+def _lack_of_files() -> str | None:
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if allowed >= FILES_MIN else f"{allowed} open files are allowed: `ulimit -n {FILES_MIN}`"
+
+
 ROWS = (
     Row(
         20,
@@ -449,5 +457,6 @@ ROWS = (
         f"overload: {OVERLOAD_TIMES} times the requests that can be served",
         f"{OVERLOAD_CONNECTIONS} connections for {OVERLOAD_SECONDS:g} s",
         _overload,
+        needs=_lack_of_files,
     ),
 )
