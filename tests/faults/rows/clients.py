@@ -53,12 +53,12 @@ CUT_OFF_SECONDS_MAX = 30.0
 
 OVERLOAD_TIMES = 10
 OVERLOAD_SECONDS, CAPACITY_SECONDS = 30.0, 5.0
-CAPACITY_CONNECTIONS, OVERLOAD_CONNECTIONS = 32, 6000
+CAPACITY_CONNECTIONS, OVERLOAD_CONNECTIONS = 32, 3000
 """Each waits for its answer before it asks again: with fewer, slow answers would keep the load down."""
 FILES_MIN = OVERLOAD_CONNECTIONS + 1000
 OVERLOAD_MEMORY_MB_MORE_MAX = 100.0
-REFUSED_SECONDS_MAX = 1.0
-"""Within which the most of those who are refused must know it."""
+REFUSED_SECONDS_MAX = DEADLINE_SECONDS
+"""Within which the refused must know it; they may be held back for a moment, as they would ask again at once."""
 GOODPUT_SHARE_MIN = 0.4
 """Of the capacity; the load has the same cores. `bench/overload` measures it with more care."""
 QUICK_SECONDS = 0.5
@@ -409,7 +409,7 @@ def _check_overload(found: dict[str, Any], per_second: float, seen: str) -> None
     assert found["accepted_p99"] <= DEADLINE_SECONDS + LATE_SECONDS_MAX, f"an accepted one waits: {seen}"
     refused = set(found["statuses"]) - {"200"}
     assert refused, f"nobody is refused: {seen}"
-    assert found["refused_p50"] <= REFUSED_SECONDS_MAX, f"refusals take long: {seen}"
+    assert found["refused_p99"] <= REFUSED_SECONDS_MAX, f"refusals take long: {seen}"
     assert found["accepted_per_second"] >= GOODPUT_SHARE_MIN * per_second, f"few are served: {seen}"
 
 
