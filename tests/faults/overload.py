@@ -18,6 +18,8 @@ from bench.figures import percentile
 
 REQUEST_SECONDS_MAX = 15.0
 CONNECT_AGAIN_SECONDS = 0.2
+CONNECT_SECONDS = 3.0
+"""All connect within so long: the system's queue is shorter than the crowd."""
 _END_OF_HEAD = b"\r\n\r\n"
 _LENGTH = b"content-length:"
 
@@ -27,6 +29,11 @@ class _Results:
         self.statuses: Counter[str] = Counter()
         self.accepted: list[float] = []
         self.refused: list[float] = []
+
+    def forget(self) -> None:
+        """Begin to count; what was found broken stays."""
+        for found in (self.accepted, self.refused):
+            found.clear()
 
     def add(self, status: int, seconds: float) -> None:
         self.statuses[str(status)] += 1
@@ -98,7 +105,7 @@ class _Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         if self._asked_at is not None:
-            self._results.statuses["broken"] += 1
+            self._results.statuses[f"broken: {exc or 'closed'}"] += 1
         if not self.gone.done():
             self.gone.set_result(None)
 
@@ -118,7 +125,8 @@ async def load(order: dict[str, Any]) -> dict[str, Any]:
     every_seconds = order["connections"] / rate if rate else 0.0
     results = _Results()
 
-    async def keep_asking(port: int) -> None:
+    async def keep_asking(port: int, after_seconds: float) -> None:
+        await asyncio.sleep(after_seconds)
         while True:
             try:
                 _, connection = await asyncio.get_running_loop().create_connection(
@@ -135,8 +143,11 @@ async def load(order: dict[str, Any]) -> dict[str, Any]:
 
     ports = order["ports"]
     asking = [
-        asyncio.create_task(keep_asking(ports[number % len(ports)])) for number in range(order["connections"])
+        asyncio.create_task(keep_asking(ports[number % len(ports)], random.random() * CONNECT_SECONDS))
+        for number in range(order["connections"])
     ]
+    await asyncio.sleep(CONNECT_SECONDS)
+    results.forget()
     began = time.monotonic()
     await asyncio.sleep(order["seconds"])
     seconds = time.monotonic() - began
