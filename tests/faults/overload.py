@@ -111,6 +111,8 @@ class _Connection(asyncio.Protocol):
 
     def end(self) -> None:
         self._asked_at = None
+        if self._timer is not None:
+            self._timer.cancel()
         if self._transport is not None:
             self._transport.abort()
 
