@@ -51,6 +51,13 @@ MEMORY_MB_MORE_MAX = 40.0
 FLOOD_MESSAGE_BYTES, FLOOD_MESSAGES = 64 * 1024, 400
 CUT_OFF_SECONDS_MAX = 30.0
 
+DEAF, VANISHED = "SSE clients that do not read", "watchers that vanished"
+HALF, DRIPPING, UNREAD = "half requests", "requests byte by byte", "clients that read no answer"
+HELD_BACK = "gateway_stream_held_back_total"
+STREAMS_SSE, STREAMS_WEBSOCKET = (
+    f'gateway_streams_open{{transport="{transport}"}}' for transport in ("sse", "websocket")
+)
+
 OVERLOAD_TIMES = 10
 OVERLOAD_SECONDS, CAPACITY_SECONDS = 30.0, 5.0
 CAPACITY_CONNECTIONS, OVERLOAD_CONNECTIONS = 32, 3000
@@ -91,7 +98,7 @@ async def _slow_clients(system: System, life: Life) -> str:
     async with AsyncExitStack() as stack:
         stack.callback(bad.close)
         await stack.enter_async_context(_moving_prices(system))
-        streams = await total(gateways, STREAMS_SSE) + await total(gateways, STREAMS_WEBSOCKET)
+        streams = await _open_streams(gateways)
         before = await checker.usage(system)
         hearing = [
             await stack.enter_async_context(_watching(system, gateway, HEARING_STREAMS))
@@ -102,17 +109,18 @@ async def _slow_clients(system: System, life: Life) -> str:
             vanished = await stack.enter_async_context(_watching(system, gateway, VANISHED_STREAMS))
             vanished.vanish(bad)
             await _begin_badly(system, port, bad)
-        dripping = [
-            asyncio.create_task(_drip(connection, _request(READ_PATH, system.token(WATCHERS[0]))))
-            for connection in bad.sockets[DRIPPING]
-        ]
-        stack.callback(lambda: [task.cancel() for task in dripping])
+        slowly = _request(READ_PATH, system.token(WATCHERS[0]))
+        await stack.enter_async_context(_dripping(bad.sockets[DRIPPING], slowly))
         cut_off = await _deaf_on_the_bus(system)
         gone = await _seconds_until_gone(system, bad, began)
         after = await checker.usage(system)
         waited = max([await each.longest_wait() for each in hearing])
         count = {kind: len(ports) for kind, ports in bad.ports.items()}
-    await eventually(lambda: _are_left(gateways, streams))
+
+    async def are_closed() -> bool:
+        return await _open_streams(gateways) <= streams
+
+    await eventually(are_closed)
     held_back = await total(gateways, HELD_BACK) - held_back
     assert held_back > 0, "no event was held back for those who do not read"
     assert waited <= HEARD_WITHIN_SECONDS_MAX, f"one who reads has waited {waited:.1f} s for an event"
@@ -125,14 +133,6 @@ async def _slow_clients(system: System, life: Life) -> str:
         f"{kinds}; {held_back:g} events held back; deaf subscriber of the bus cut off after {cut_off:.0f} s; "
         f"others: events at least every {waited:.1f} s, answers within {slowest:.1f} s; {more:.0f} MB more"
     )
-
-
-DEAF, VANISHED = "SSE clients that do not read", "watchers that vanished"
-HALF, DRIPPING, UNREAD = "half requests", "requests byte by byte", "clients that read no answer"
-HELD_BACK = "gateway_stream_held_back_total"
-STREAMS_SSE, STREAMS_WEBSOCKET = (
-    f'gateway_streams_open{{transport="{transport}"}}' for transport in ("sse", "websocket")
-)
 
 
 async def _begin_badly(system: System, port: int, bad: Bad) -> None:
@@ -166,6 +166,18 @@ async def _connection(port: int) -> socket.socket:
     connection.setblocking(False)
     await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", port))
     return connection
+
+
+@asynccontextmanager
+async def _dripping(connections: Iterable[socket.socket], request: bytes) -> AsyncIterator[None]:
+    """Send a request over each connection, byte by byte, while the block runs."""
+    tasks = [asyncio.create_task(_drip(connection, request)) for connection in connections]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _drip(connection: socket.socket, request: bytes) -> None:
@@ -214,8 +226,8 @@ def _port_of(address: Any) -> int:
     return address.port if address else 0
 
 
-async def _are_left(gateways: list[Service], streams: float) -> bool:
-    return await total(gateways, STREAMS_SSE) + await total(gateways, STREAMS_WEBSOCKET) <= streams
+async def _open_streams(gateways: list[Service]) -> float:
+    return await total(gateways, STREAMS_SSE) + await total(gateways, STREAMS_WEBSOCKET)
 
 
 # ---- those who watch -----------------------------------------------------------------------------
