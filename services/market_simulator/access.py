@@ -1,8 +1,9 @@
 """Who may ask, and how often: Alpaca's two key headers and its requests a minute."""
 
 import math
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import SecretStr
 
@@ -11,6 +12,7 @@ SECRET_HEADER = "APCA-API-SECRET-KEY"  # noqa: S105 - the name of a header
 
 _WINDOW_SECONDS = 60.0
 _CALLERS_MAX = 10_000
+_COUNTED_MAX = 100_000
 
 
 class Refused(Exception):
@@ -97,3 +99,18 @@ class RateLimit:
             if self._windows[oldest][0] > now_s and len(self._windows) < _CALLERS_MAX:
                 break
             del self._windows[oldest]
+
+
+@dataclass(slots=True)
+class BusiestMinute:
+    """The most requests that came within any 60 seconds: what a client's budget must hold."""
+
+    requests: int = 0
+    _came_at_s: deque[float] = field(default_factory=lambda: deque(maxlen=_COUNTED_MAX))
+
+    def count(self, now_s: float) -> None:
+        """Count a request that comes at `now_s`, of a clock that never goes back."""
+        self._came_at_s.append(now_s)
+        while self._came_at_s[0] <= now_s - _WINDOW_SECONDS:
+            self._came_at_s.popleft()
+        self.requests = max(self.requests, len(self._came_at_s))

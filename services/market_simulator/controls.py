@@ -159,6 +159,10 @@ def state(simulator: Simulator) -> dict[str, Any]:
         },
         "faults": simulator.faults.listed(time.monotonic()),
         "requests": simulator.requests,
+        "data_requests_of_busiest_minute": simulator.busiest_minute.requests,
+        "stream_attempts": [
+            {"path": path, "at": rfc3339(at_ns)} for path, at_ns in simulator.streams.attempts
+        ],
         "streams": [stream.listed() for stream in simulator.streams.open],
         "stream_faults": simulator.streams.faults.listed(time.monotonic()),
         "load": None if (load := simulator.tape.load) is None else load.listed(),

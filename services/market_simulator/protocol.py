@@ -78,6 +78,8 @@ def routes(simulator: Simulator) -> list[web.RouteDef]:
 
 
 async def _data(simulator: Simulator, venue: Venue, ask: _Ask, request: web.Request) -> web.Response:
+    simulator.busiest_minute.count(time.monotonic())
+
     async def respond(request: web.Request) -> web.Response:
         faults = _due(simulator, request)
         bad = faults[-1] if faults and not isinstance(faults[-1], SPOILERS) else None

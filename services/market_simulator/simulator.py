@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 
-from services.market_simulator.access import Credentials, RateLimit
+from services.market_simulator.access import BusiestMinute, Credentials, RateLimit
 from services.market_simulator.faults import Faults
 from services.market_simulator.instants import datetime_of, ns_of
 from services.market_simulator.market import Market, Trade
@@ -34,6 +34,8 @@ class Simulator:
     faults: Faults = field(default_factory=Faults)
     last_sent: LastSent = field(default_factory=LastSent)
     requests: int = 0
+    busiest_minute: BusiestMinute = field(default_factory=BusiestMinute)
+    """Of market data; the trading host's requests have a limit of their own."""
     _trade_id: int = 0
     tape: Tape = field(init=False)
     streams: Streams = field(init=False)

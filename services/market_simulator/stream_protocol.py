@@ -43,6 +43,7 @@ def _endpoint(simulator: Simulator, request: web.Request) -> Endpoint:
 
 async def _stream(simulator: Simulator, request: web.Request) -> web.StreamResponse:
     streams = simulator.streams
+    streams.attempts.append((request.path, time.time_ns()))
     await thawed(streams.faults, request.path)
     if refusal := streams.faults.take(RefuseHandshake, request.path, time.monotonic()):
         return error(refusal.status, "the handshake is refused")

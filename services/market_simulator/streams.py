@@ -6,6 +6,7 @@ so what is answered as the latest trade has always been sent to whoever is subsc
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,8 @@ from services.market_simulator.timeframes import DAY
 from services.market_simulator.wire import Json
 
 STREAMS_MAX = 200
+ATTEMPTS_MAX = 200
+"""Attempts to connect that are remembered."""
 
 _TURN_SECONDS = 0.02
 _LOAD_TURN_SECONDS = 0.01
@@ -73,6 +76,8 @@ class Streams:
     def __init__(self, tape: Tape, clock: MarketClock, credentials: Credentials) -> None:
         self.faults = StreamFaults()
         self.open: dict[Stream, None] = {}
+        self.attempts: deque[tuple[str, int]] = deque(maxlen=ATTEMPTS_MAX)
+        """Path and time (ns) of each attempt to connect, refused ones among them: clients that storm are seen."""
         self.auth_seconds = 10.0
         self.queued_bytes_max = 16 * 1024 * 1024
         self._tape = tape

@@ -5,16 +5,16 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
 import aiohttp
-import jwt
 
-from tests.faults.parts import Part
+from tests.faults.parts import Part, Spell
 from tests.faults.population import UNKNOWN_SYMBOL, User
 from tests.faults.system import MARKET_SEED, System
 from tests.faults.truth import Market, market_value
@@ -30,6 +30,8 @@ PATHS = (
     *["/api/portfolio/current"] * 3,
     "/api/portfolio/performance?timeframe=1D",
 )
+OVERLOAD_RECOVERY_SECONDS_MAX = 5.0
+"""Nor after the last of an overload."""
 _REFUSALS = frozenset({429, 503})
 
 
@@ -53,6 +55,8 @@ class Readers:
     """Answers that were not right, in words."""
     unanswered: list[Asked] = field(default_factory=list)
     refused: list[Asked] = field(default_factory=list)
+    overloads: list[Spell] = field(default_factory=list)
+    """When there was so much to do that gateways may refuse, but not fall silent."""
     slowest_seconds: float = 0.0
     _newest: dict[str, datetime] = field(default_factory=dict)
     _market: Market = field(default_factory=lambda: Market(MARKET_SEED))
@@ -75,9 +79,7 @@ class Readers:
     async def ask(self, http: aiohttp.ClientSession, gateway: str, user: User, path: str) -> None:
         """Ask one gateway for a user's portfolio, and judge the answer."""
         port = self.system.gateway_ports[gateway]
-        token = jwt.encode(
-            {"sub": user.subject, "exp": int(time.time()) + 60}, self.system.jwt_secret, "HS256"
-        )
+        token = self.system.token(user.subject)
         floors = {symbol: self._newest[symbol] for symbol in user.shares if symbol in self._newest}
         began_at = time.monotonic()
         try:
@@ -119,6 +121,16 @@ class Readers:
             self._newest[symbol] = max(as_of, self._newest.get(symbol, as_of))
         return found
 
+    @contextmanager
+    def overloaded(self) -> Iterator[None]:
+        """Expect refusals while the block runs, and for a moment after it."""
+        spell = Spell("overloaded", time.monotonic())
+        self.overloads.append(spell)
+        try:
+            yield
+        finally:
+            spell.ended_at = time.monotonic()
+
     # ---- what nobody is to blame for -------------------------------------------------------------
 
     def unexcused(self) -> list[str]:
@@ -130,9 +142,15 @@ class Readers:
             if not _disturbed([parts[asked.gateway]], asked):
                 found.append(f"{asked.gateway} gave no answer ({asked.problem})")
         for asked in self.refused:
-            if not _disturbed([parts[asked.gateway], *servers], asked):
+            if not _disturbed([parts[asked.gateway], *servers], asked) and not self._was_overloaded(asked):
                 found.append(f"{asked.gateway} refused without need ({asked.problem})")
         return found
+
+    def _was_overloaded(self, asked: Asked) -> bool:
+        return any(
+            spell.overlaps(asked.began_at, asked.ended_at, after_seconds=OVERLOAD_RECOVERY_SECONDS_MAX)
+            for spell in self.overloads
+        )
 
 
 def _disturbed(parts: Sequence[Part], asked: Asked) -> bool:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import aiohttp
 import asyncpg
+import jwt
 
 from local.servers import kept_secret
 from local.settings import ROOT, SIMULATED_KEYS, free_port
@@ -52,6 +54,10 @@ class System:
 
     def part(self, name: str) -> Part:
         return next(part for part in self.parts if part.name == name)
+
+    def token(self, subject: str, *, lasts_seconds: int = 60) -> str:
+        """Return a bearer token that the gateways trust."""
+        return jwt.encode({"sub": subject, "exp": int(time.time()) + lasts_seconds}, self.jwt_secret, "HS256")
 
     async def heal(self, parts: Iterable[Part] | None = None) -> None:
         """Thaw what is frozen, and wait until everything is ready."""

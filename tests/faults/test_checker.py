@@ -11,8 +11,9 @@ import pytest
 from shared.clock import next_boundary, utc_now
 from tests.faults import checker, mix, population, system
 from tests.faults.checker import Detail, Snapshot, Verdict
+from tests.faults.parts import Nats, Postgres, Service, Spell
 from tests.faults.population import Order, User
-from tests.faults.readers import judge_chart, judge_portfolio
+from tests.faults.readers import Asked, Readers, judge_chart, judge_portfolio
 from tests.faults.system import Options
 from tests.faults.tampered import runner
 
@@ -146,6 +147,30 @@ def test_chart_that_does_not_add_up_is_wrong() -> None:
         {"data_points": [{"timestamp": "2026-03-02T15:00:00Z", "value": Decimal(100)}]},
     ):
         assert judge_chart(chart | change, USER), change
+
+
+def test_refusals_of_an_overload_are_excused_and_silence_is_not() -> None:
+    gateway = Service("gateway")
+    healthy = system.System(
+        folder=Path(),
+        population=population.Population([]),
+        postgres=Postgres("postgres"),
+        nats=Nats("nats"),
+        market=Service("market"),
+        services={"api_gateway": [gateway]},
+        http=None,  # type: ignore[arg-type]  # nobody is asked
+        gateway_ports={},
+        jwt_secret="",
+    )
+    readers = Readers(healthy)
+    readers.overloads.append(Spell("overloaded", 10.0, 20.0))
+    readers.refused = [Asked(gateway.name, at, at + 1.0, f"at {at:g}") for at in (8.5, 19.5, 24.5, 25.5)]
+    readers.unanswered = [Asked(gateway.name, 15.0, 22.0, "silence")]
+    assert readers.unexcused() == [
+        "gateway gave no answer (silence)",
+        "gateway refused without need (at 8.5)",  # and over before it began
+        "gateway refused without need (at 25.5)",  # more than five seconds after it
+    ]
 
 
 # ---- wrong rows ----------------------------------------------------------------------------------

@@ -336,5 +336,6 @@ async def test_the_status_tells_source_and_faults(market: SimulatedMarket) -> No
     assert status["simulated"] is True
     assert status["source"] == "synthetic"
     assert status["requests"] == 1
+    assert status["data_requests_of_busiest_minute"] == 1
     assert status["faults"] == [{"kind": "server_error", "symbols": ["AAPL"], "status": 500, "times": 2}]
     assert {"AAPL", "BRK.B", "BTC/USD"} <= set(status["symbols"])

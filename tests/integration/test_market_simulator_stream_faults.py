@@ -65,6 +65,8 @@ async def test_handshakes_are_refused_as_often_as_ordered(market: SimulatedMarke
         assert refused.value.status == 429
     async with authenticated(market, "/v2/iex"):
         pass
+    attempts = (await market.control("GET", "status"))["stream_attempts"]
+    assert [attempt["path"] for attempt in attempts] == ["/v2/sip", *["/v2/iex"] * 3]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import SecretStr, TypeAdapter
 
-from services.market_simulator.access import Credentials, RateLimit, Refused
+from services.market_simulator.access import BusiestMinute, Credentials, RateLimit, Refused
 from services.market_simulator.faults import Fault, Faults
 
 TRADES = "/v2/stocks/trades/latest"
@@ -22,6 +22,20 @@ def test_a_minute_begins_with_its_first_request_and_then_anew() -> None:
     assert [quota.remaining for quota in quotas] == [1, 0, 0, 1]
     assert [quota.reset_at for quota in quotas] == [1061, 1061, 1061, 1121]
     assert quotas[2].retry_after_seconds == 1
+
+
+def test_the_busiest_minute_is_any_sixty_seconds() -> None:
+    busiest = BusiestMinute()
+    for now_s in (
+        0,
+        50,
+        60,
+        109.9,
+        110,
+        300,
+    ):  # 50, 60 and 109.9 are within 60 s, and so are 60, 109.9 and 110
+        busiest.count(now_s)
+    assert busiest.requests == 3
 
 
 def test_the_table_of_callers_stays_bounded() -> None:

@@ -17,7 +17,7 @@ HEALED_SECONDS_MAX = TAKEOVER_SECONDS_MAX + 1.0
 """A standby takes over, and its first round publishes what the one before did not."""
 
 
-async def _leader(system: System) -> Service:
+async def lease_holder(system: System) -> Service:
     """Return the feeder that has the lease."""
 
     async def holder() -> Service | None:
@@ -29,6 +29,15 @@ async def _leader(system: System) -> Service:
     found = await eventually(holder, timeout=20)
     assert found is not None
     return found
+
+
+async def change_lease_holder(system: System) -> Service:
+    """Stop the feeder that has the lease, as an operator does; return the one that has it then."""
+    old = await lease_holder(system)
+    await old.terminate()
+    new = await lease_holder(system)
+    await old.wait_until_ready()
+    return new
 
 
 async def _is_one_leader(system: System) -> bool:
@@ -56,14 +65,14 @@ async def _seconds_without_prices(system: System) -> float:
 async def _standby(system: System, _: Life) -> str:
     seen = []
     for what in ("killed", "frozen"):
-        leader = await _leader(system)
+        leader = await lease_holder(system)
         if what == "frozen":
             leader.freeze()
         else:
             leader.kill()
         seconds = await _seconds_without_prices(system)
         assert seconds <= TAKEOVER_SECONDS_MAX, f"{seconds:.1f} s without prices after it was {what}"
-        new = await _leader(system)
+        new = await lease_holder(system)
         assert what == "killed" or new is not leader
         leader.thaw()
         await leader.wait_until_ready()
@@ -88,7 +97,7 @@ async def _before_publishing(system: System, _: Life) -> str:
 
     await eventually(has_died, timeout=20)
     began = time.monotonic()
-    await _leader(system)
+    await lease_holder(system)
     seconds = await _seconds_without_prices(system)
     assert time.monotonic() - began <= HEALED_SECONDS_MAX, f"{time.monotonic() - began:.1f} s"
     return f"prices again {seconds:.1f} s later; the checker compares table and bus"

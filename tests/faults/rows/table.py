@@ -1,8 +1,10 @@
 """All rows, in their order."""
 
-from tests.faults.rows import disk, feeders, servers, snapshots
+from tests.faults.rows import clients, disk, feeders, market, market_streams, servers, snapshots
 from tests.faults.rows.row import Row
 
+_MODULES = (clients, disk, feeders, market, market_streams, servers, snapshots)
+
 ROWS: tuple[Row, ...] = tuple(
-    sorted((*snapshots.ROWS, *feeders.ROWS, *servers.ROWS, *disk.ROWS), key=lambda row: row.number)
+    sorted((row for module in _MODULES for row in module.ROWS), key=lambda row: row.number)
 )
