@@ -106,7 +106,7 @@ async def check(
     """Wait until all slots from `first` to `last` are done, and compare everything with what must be there."""
     verdict = Verdict()
     slots = [first + number * SLOT for number in range((last - first) // SLOT + 1)]
-    connection = await asyncpg.connect(system.postgres.url)
+    connection = await asyncpg.connect(system.database_url)
     try:
         try:
             await eventually(lambda: _is_quiet(system, last), timeout=QUIET_SECONDS_MAX, every=0.1)
@@ -141,7 +141,7 @@ async def check(
 
 async def _is_quiet(system: System, last: datetime) -> bool:
     """Tell whether nothing that was asked for is left to be done, up to the slot `last`."""
-    client = await nats.connect(system.nats.url)
+    client = await nats.connect(system.nats_urls)
     try:
         info = await client.jetstream().consumer_info(TIMER.name, CONSUMER)
         newest = await client.jetstream().get_last_msg(TIMER.name, TIMER.subjects[0])
@@ -266,7 +266,7 @@ def lost_orders(rows: Iterable[Row], population: Population) -> list[str]:
 
 async def _unlike_the_bus(connection: "asyncpg.Connection[asyncpg.Record]", system: System) -> list[str]:
     """Return which last prices on the bus are not those in the table, after some time to settle."""
-    client = await nats.connect(system.nats.url)
+    client = await nats.connect(system.nats_urls)
     js = client.jetstream()
 
     async def differing() -> list[str]:
@@ -352,7 +352,7 @@ async def grown(system: System, before: Mapping[str, Usage]) -> list[str]:
         if not found:
             break
         await asyncio.sleep(1)
-    connection = await asyncpg.connect(system.postgres.url)
+    connection = await asyncpg.connect(system.database_url)
     try:
         await eventually(lambda: _are_few(connection, system), timeout=30)
     except AssertionError:
@@ -379,7 +379,7 @@ def _grown(name: str, before: Usage, now: Usage) -> list[str]:
 def _is_of(pid: int, system: System) -> bool:
     """Tell whether a process is a service of this system."""
     try:
-        return psutil.Process(pid).environ().get("DATABASE_URL") == system.postgres.url
+        return psutil.Process(pid).environ().get("JWT_SECRET") == system.jwt_secret
     except psutil.Error:
         return False
 

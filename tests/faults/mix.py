@@ -43,7 +43,7 @@ def schedule(system: System, seed: int, *, acts: int, seconds: float) -> list[Ac
     """Draw so many acts, spread over so many seconds."""
     chance = random.Random(seed)
     services = [service.name for service in system.all_services]
-    servers = [system.postgres.name, system.nats.name]
+    servers = [server.name for server in system.servers]
     drawn = []
     for number in range(acts):
         at = seconds * (number + chance.random()) / acts
@@ -116,7 +116,7 @@ async def lively(
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(life.readers.run(readers, stop, seed))
         tasks.create_task(life.watchers.run(watchers, stop, seed))
-        tasks.create_task(system.population.place_orders(system.postgres.url, stop, seed))
+        tasks.create_task(system.population.place_orders(system.database_url, stop, seed))
         try:
             yield life
         finally:

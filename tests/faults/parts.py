@@ -11,12 +11,13 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import asyncpg
 import psutil
 
-from local.servers import Server, ServerFailed, child_command, nats_server, postgres
+from local.servers import NatsNode, Server, ServerFailed, child_command, nats_server, postgres, replica_of
 from local.settings import ROOT
 from tests.waiting import eventually
 
@@ -123,6 +124,11 @@ class Part(ABC):
     # ---- faults ----------------------------------------------------------------------------------
 
     @property
+    def is_lost(self) -> bool:
+        """Tell whether it is gone for good."""
+        return not self._wanted
+
+    @property
     def spell(self) -> Spell | None:
         """What is the matter with it now."""
         return self.spells[-1] if self.spells and self.spells[-1].ended_at is None else None
@@ -132,6 +138,11 @@ class Part(ABC):
         self._begin("killed")
         for pid in self.pids()[:1]:
             os.kill(pid, signal.SIGKILL)
+
+    def lose(self) -> None:
+        """Kill it for good, as a machine that is lost."""
+        self._wanted = False
+        self.kill()
 
     def freeze(self) -> None:
         """Stop it in its tracks, until `thaw`."""
@@ -260,14 +271,7 @@ class _Embedded(Part):
             await asyncio.to_thread(context.__exit__, None, None, None)
 
     async def is_ready(self) -> bool:
-        try:
-            _, writer = await asyncio.wait_for(
-                asyncio.open_connection("127.0.0.1", self.port), ASK_SECONDS_MAX
-            )
-        except (OSError, TimeoutError):
-            return False
-        writer.close()
-        return True
+        return await _accepts(self.port)
 
 
 @dataclass
@@ -302,6 +306,55 @@ class Postgres(_Embedded):
 class Nats(_Embedded):
     def _open(self) -> AbstractContextManager[Server]:
         return nats_server(self.folder, port=self.port)
+
+
+@dataclass
+class Replica(Postgres):
+    """A streaming replica, to be promoted."""
+
+    primary: Postgres | None = None
+
+    def _open(self) -> AbstractContextManager[Server]:
+        assert self.primary is not None
+        assert self.primary.server is not None
+        return replica_of(self.primary.server, self.folder, settings=self.settings)
+
+
+@dataclass
+class NatsMember(Part):
+    """A server of a cluster."""
+
+    node: NatsNode | None = None
+
+    @property
+    def _node(self) -> NatsNode:
+        assert self.node is not None
+        return self.node
+
+    @property
+    def url(self) -> str:
+        return self._node.url
+
+    async def _launch(self) -> "subprocess.Popen[bytes]":
+        if self._node.process is None:  # of a new cluster it runs already
+            await asyncio.to_thread(self._node.start)
+        assert self._node.process is not None
+        return self._node.process
+
+    async def _clean_up(self) -> None:
+        await asyncio.to_thread(self._node.stop)
+
+    async def is_ready(self) -> bool:
+        return await _accepts(urlsplit(self.url).port or 0)
+
+
+async def _accepts(port: int) -> bool:
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", port), ASK_SECONDS_MAX)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
 
 
 @asynccontextmanager

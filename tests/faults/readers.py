@@ -136,7 +136,7 @@ class Readers:
     def unexcused(self) -> list[str]:
         """Return which requests went wrong though nothing was the matter with what they needed."""
         parts = {part.name: part for part in self.system.parts}
-        servers: list[Part] = [self.system.postgres, self.system.nats]
+        servers = self.system.servers
         found = []
         for asked in self.unanswered:
             if not _disturbed([parts[asked.gateway]], asked):

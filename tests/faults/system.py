@@ -15,10 +15,10 @@ import aiohttp
 import asyncpg
 import jwt
 
-from local.servers import kept_secret
+from local.servers import joined_url, kept_secret, nats_cluster, replicate_synchronously
 from local.settings import ROOT, SIMULATED_KEYS, free_port
 from tests.faults import audit
-from tests.faults.parts import Nats, Part, Postgres, Service
+from tests.faults.parts import Nats, NatsMember, Part, Postgres, Replica, Service
 from tests.faults.population import UNKNOWN_SYMBOL, Population
 from tests.waiting import eventually
 
@@ -36,8 +36,9 @@ class System:
 
     folder: Path
     population: Population
-    postgres: Postgres
-    nats: Nats
+    postgres_servers: list[Postgres]
+    """The primary, and after it its replica if there is one."""
+    nats_servers: Sequence[Nats | NatsMember]
     market: Service
     services: dict[str, list[Service]]
     http: aiohttp.ClientSession
@@ -45,8 +46,31 @@ class System:
     jwt_secret: str
 
     @property
+    def postgres(self) -> Postgres:
+        """The primary; after its loss the replica that was promoted."""
+        return self.postgres_servers[0]
+
+    @property
+    def nats(self) -> Nats | NatsMember:
+        """The only server, or one of the cluster."""
+        return self.nats_servers[0]
+
+    @property
+    def database_url(self) -> str:
+        """The URL by which the primary is found, whichever server that is."""
+        return _database_url(self.postgres_servers)
+
+    @property
+    def nats_urls(self) -> list[str]:
+        return [server.url for server in self.nats_servers]
+
+    @property
+    def servers(self) -> list[Part]:
+        return [*self.postgres_servers, *self.nats_servers]
+
+    @property
     def parts(self) -> list[Part]:
-        return [self.postgres, self.nats, self.market, *self.all_services]
+        return [*self.servers, self.market, *self.all_services]
 
     @property
     def all_services(self) -> list[Service]:
@@ -61,9 +85,10 @@ class System:
 
     async def heal(self, parts: Iterable[Part] | None = None) -> None:
         """Thaw what is frozen, and wait until everything is ready."""
-        for part in parts or self.parts:
+        there = [part for part in parts or self.parts if not part.is_lost]
+        for part in there:
             part.thaw()
-        for part in parts or self.parts:
+        for part in there:
             await part.wait_until_ready()
 
 
@@ -77,6 +102,9 @@ class Options:
     """By service, what runs it instead of its own module: a broken one, say."""
     postgres_settings: Mapping[str, str] = field(default_factory=dict)
     replicas: int = REPLICAS
+    postgres_replica: bool = False
+    """Whether PostgreSQL has a synchronous streaming replica."""
+    nats_nodes: int = 1
 
 
 @asynccontextmanager
@@ -87,20 +115,18 @@ async def running(
     options = options or Options()
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession())
-        postgres = Postgres(
-            "postgres", folder=folder / "postgres", port=free_port(), settings=options.postgres_settings
-        )
-        nats = Nats("nats", folder=folder / "nats", port=free_port())
-        for server in (postgres, nats):
-            await server.start()
-            stack.push_async_callback(server.end)
+        postgres_servers = await _postgres(folder, options, stack)
+        nats_servers = await _nats(folder, options, stack)
+        postgres = postgres_servers[0]
         await asyncio.to_thread(_migrate, postgres.url)
         await audit.install(postgres.url)
         await population.insert(postgres.url)
         logs = folder / "logs"
         logs.mkdir(exist_ok=True)
         market_port, jwt_secret = free_port(), kept_secret(folder / "jwt_secret")
-        environment = _common(postgres.url, nats.url, market_port, jwt_secret) | dict(options.environment)
+        nats_url = ",".join(server.url for server in nats_servers)
+        database_url = _services_database_url(postgres_servers)
+        environment = _common(database_url, nats_url, market_port, jwt_secret) | dict(options.environment)
         services, gateway_ports = _services(logs, options, http, environment)
         market = Service(
             "market",
@@ -111,12 +137,22 @@ async def running(
             http=http,
             ready_path="healthz",
         )
-        system = System(folder, population, postgres, nats, market, services, http, gateway_ports, jwt_secret)
+        system = System(
+            folder,
+            population,
+            postgres_servers,
+            nats_servers,
+            market,
+            services,
+            http,
+            gateway_ports,
+            jwt_secret,
+        )
         stack.push_async_callback(_end, [system.market, *system.all_services])
         early = [system.market, *system.services["price_feeder"], *system.services["api_gateway"]]
         for service in early:
             await service.start()
-        await system.heal([postgres, nats, *early])
+        await system.heal([*system.servers, *early])
         await _wait_for_prices(postgres.url, population)
         # Prices first: else the first snapshots would be without them.
         for service in system.services["snapshotter"]:
@@ -137,6 +173,48 @@ async def _wait_for_prices(database_url: str, population: Population) -> None:
         await eventually(are_there, timeout=30)
     finally:
         await connection.close()
+
+
+async def _postgres(folder: Path, options: Options, stack: AsyncExitStack) -> list[Postgres]:
+    """Start PostgreSQL, and its replica if there is to be one."""
+    primary = Postgres(
+        "postgres", folder=folder / "postgres", port=free_port(), settings=options.postgres_settings
+    )
+    await primary.start()
+    stack.push_async_callback(primary.end)
+    if not options.postgres_replica:
+        return [primary]
+    replica = Replica("postgres-replica", folder=folder / "replica", primary=primary)
+    await replica.start()
+    stack.push_async_callback(replica.end)
+    assert primary.server is not None
+    await asyncio.to_thread(replicate_synchronously, primary.server)
+    return [primary, replica]
+
+
+async def _nats(folder: Path, options: Options, stack: AsyncExitStack) -> Sequence[Nats | NatsMember]:
+    """Start NATS, one server or a cluster."""
+    if options.nats_nodes == 1:
+        server = Nats("nats", folder=folder / "nats", port=free_port())
+        await server.start()
+        stack.push_async_callback(server.end)
+        return [server]
+    nodes = stack.enter_context(nats_cluster(folder / "nats", options.nats_nodes))
+    members = [NatsMember(node.name, node=node) for node in nodes]
+    for member in members:
+        await member.start()
+        stack.push_async_callback(member.end)
+    return members
+
+
+def _services_database_url(servers: Sequence[Postgres]) -> str:
+    return joined_url(*(server.server for server in servers if server.server is not None))
+
+
+def _database_url(servers: Sequence[Postgres]) -> str:
+    """Return the URL for asyncpg itself, which is to look for the primary among several."""
+    url = _services_database_url(servers)
+    return url if len(servers) == 1 else f"{url}?target_session_attrs=primary"
 
 
 async def _end(services: Sequence[Service]) -> None:
@@ -180,6 +258,7 @@ def _common(database_url: str, nats_url: str, market_port: int, jwt_secret: str)
         "PYTHONUNBUFFERED": "1",
         "DATABASE_URL": database_url,
         "NATS_URL": nats_url,
+        "NATS_STREAM_REPLICAS": "3" if "," in nats_url else "1",
         **SIMULATED_KEYS,
         "ALPACA_DATA_URL": market_url,
         "ALPACA_BASE_URL": market_url,
@@ -192,6 +271,7 @@ def _common(database_url: str, nats_url: str, market_port: int, jwt_secret: str)
         "SIMULATOR_PORT": str(market_port),
         "SIMULATOR_SEED": str(MARKET_SEED),
         "SIMULATOR_RATE_LIMIT": "100000",
+        "USER_REQUESTS_PER_SECOND": "0",
         "JWT_SECRET": jwt_secret,
         "HEALTH_HOST": "127.0.0.1",
         "GATEWAY_HOST": "127.0.0.1",

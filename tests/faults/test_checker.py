@@ -154,8 +154,8 @@ def test_refusals_of_an_overload_are_excused_and_silence_is_not() -> None:
     healthy = system.System(
         folder=Path(),
         population=population.Population([]),
-        postgres=Postgres("postgres"),
-        nats=Nats("nats"),
+        postgres_servers=[Postgres("postgres")],
+        nats_servers=[Nats("nats")],
         market=Service("market"),
         services={"api_gateway": [gateway]},
         http=None,  # type: ignore[arg-type]  # nobody is asked

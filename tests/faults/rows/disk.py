@@ -10,7 +10,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 from tests.faults.mix import Life
-from tests.faults.parts import Postgres
+from tests.faults.parts import Nats, Postgres
 from tests.faults.population import Population
 from tests.faults.rows.row import Row, next_slots, seconds_until
 from tests.faults.system import Options, System, running
@@ -66,6 +66,7 @@ def _full(folder: Path) -> Iterator[None]:
 
 async def _disk_full(system: System, life: Life) -> str:
     seen = []
+    assert isinstance(system.nats, Nats)
     for part in (system.postgres, system.nats):
         texts: set[str] = set()
         with _full(part.folder):

@@ -65,7 +65,7 @@ async def seconds_until(probe: Callable[[], Awaitable[object]], seconds_max: flo
 @asynccontextmanager
 async def session(system: System) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
     """Connect to the database, past whatever the services go through."""
-    connection = await asyncpg.connect(system.postgres.url, timeout=10)
+    connection = await asyncpg.connect(system.database_url, timeout=10)
     try:
         yield connection
     finally:

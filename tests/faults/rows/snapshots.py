@@ -113,7 +113,7 @@ async def _by_hand(system: System, life: Life) -> str:
     too_late = now - timedelta(seconds=LATE_SECONDS_MAX + 60)
     future = now + timedelta(days=1)
     doubled = [max(now - number * SLOT, life.first) for number in range(3)]
-    client = await nats.connect(system.nats.url)
+    client = await nats.connect(system.nats_urls)
     try:
         for slot in (*doubled, *reversed(doubled), too_late, future):
             due = {"scheduled_at": slot.isoformat(), "shard": 0, "shards": 1}
