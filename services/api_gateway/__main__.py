@@ -7,6 +7,7 @@ from services.api_gateway.settings import Settings
 from shared import database as databases
 from shared import health, lifecycle
 from shared.bus import Bus
+from shared.database_clock import DatabaseClock
 from shared.market_calendar import Calendar
 
 
@@ -24,10 +25,12 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         auth.verifier(settings) as verifier,
         replica.reading(settings, database) as source,
     ):
+        shared_clock = DatabaseClock(database)
         checks: dict[str, health.Check] = {
             "postgres": database.check,
             "schema": database.check_schema,
             "nats": bus.check,
+            "clock": shared_clock.check,
         }
         if settings.jwt_jwks_url is not None:
             checks["token_keys"] = verifier.check
@@ -40,6 +43,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             asyncio.TaskGroup() as tasks,
         ):
             tasks.create_task(calendar.keep(database, stop))
+            tasks.create_task(shared_clock.keep(stop))
             tasks.create_task(app.keep_up(settings, served, bus, stop))
 
 

@@ -13,6 +13,7 @@ from shared import database as databases
 from shared import health, lifecycle, logs
 from shared.bus import Bus
 from shared.database import Database
+from shared.database_clock import DatabaseClock
 from shared.market_calendar import Calendar
 from shared.messages import prices_stream
 
@@ -31,7 +32,13 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         ) as bus,
     ):
         lease = Lease(lease_database)
-        checks = {"postgres": database.check, "schema": database.check_schema, "nats": bus.check}
+        shared_clock = DatabaseClock(database)
+        checks = {
+            "postgres": database.check,
+            "schema": database.check_schema,
+            "nats": bus.check,
+            "clock": shared_clock.check,
+        }
         if settings.price_update_enabled:
             checks["lease"] = lease.check
         async with health.serving("price_feeder", settings.health_host, settings.health_port, checks):
@@ -39,11 +46,17 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 log.warning("price_updates_disabled", setting="PRICE_UPDATE_ENABLED")
                 await stop.wait()
                 return
-            await feed_prices(settings, database, bus, lease, stop)
+            await feed_prices(settings, database, bus, lease, stop, shared_clock=shared_clock)
 
 
 async def feed_prices(
-    settings: Settings, database: Database, bus: Bus, lease: Lease, stop: asyncio.Event
+    settings: Settings,
+    database: Database,
+    bus: Bus,
+    lease: Lease,
+    stop: asyncio.Event,
+    *,
+    shared_clock: DatabaseClock,
 ) -> None:
     assert settings.alpaca_api_key
     assert settings.alpaca_secret_key
@@ -67,6 +80,8 @@ async def feed_prices(
         )
 
         async def lead(over: asyncio.Event) -> None:
+            if not await shared_clock.wait_until_known(over):
+                return
             streaming = Streaming(
                 connect, feed=settings.alpaca_feed, symbols_max=settings.alpaca_stream_symbols_max
             )
@@ -78,6 +93,7 @@ async def feed_prices(
                 calendar=sessions,
                 streaming=streaming if settings.price_stream_enabled else None,
                 closed_interval=settings.closed_interval,
+                now=shared_clock.now,
             )
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(feed.run(term, settings.interval, over))
@@ -90,12 +106,14 @@ async def feed_prices(
                         over,
                         cooldown=settings.refresh_cooldown,
                         requests_per_minute=settings.alpaca_requests_per_minute,
+                        now=shared_clock.now,
                     )
                 )
 
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(answers.run(database, bus, stop))  # a standby answers as well
             tasks.create_task(sessions.keep(database, stop))
+            tasks.create_task(shared_clock.keep(stop))
             tasks.create_task(calendar.run(database, calendar_source, lease.holds, stop))
             await lease.lead(lead, stop)
 

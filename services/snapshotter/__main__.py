@@ -7,6 +7,7 @@ from services.snapshotter.settings import Settings
 from shared import clock, health, lifecycle, logs
 from shared import database as databases
 from shared.bus import Bus
+from shared.database_clock import DatabaseClock
 from shared.market_calendar import Calendar
 
 log = logs.get_logger()
@@ -26,7 +27,12 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             "snapshotter",
             settings.health_host,
             settings.health_port,
-            {"postgres": database.check, "schema": database.check_schema, "nats": bus.check},
+            {
+                "postgres": database.check,
+                "schema": database.check_schema,
+                "nats": bus.check,
+                "clock": (shared_clock := DatabaseClock(database)).check,
+            },
         ),
     ):
         if not settings.snapshot_enabled:
@@ -39,6 +45,12 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as tasks:
             if calendar:
                 tasks.create_task(calendar.keep(database, stop))
+            tasks.create_task(shared_clock.keep(stop))
+            tasks.create_task(requested.run(database, bus, settings.cooldown, stop, now=shared_clock.now))
+            tasks.create_task(upkeep.run(database, settings.upkeep, stop))
+            # Without it a wrong clock of this machine would say which slots are due.
+            if not await shared_clock.wait_until_known(stop):
+                return
             tasks.create_task(
                 timer.run(
                     bus,
@@ -47,15 +59,20 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                     stop,
                     calendar,
                     late_max=settings.late_max,
+                    now=shared_clock.now,
                 )
             )
             tasks.create_task(
                 snapshots.run(
-                    database, bus, settings.interval, stop, late_max=settings.late_max, calendar=calendar
+                    database,
+                    bus,
+                    settings.interval,
+                    stop,
+                    late_max=settings.late_max,
+                    calendar=calendar,
+                    now=shared_clock.now,
                 )
             )
-            tasks.create_task(requested.run(database, bus, settings.cooldown, stop))
-            tasks.create_task(upkeep.run(database, settings.upkeep, stop))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from services.snapshotter import queries
 from shared import clock, lifecycle, logs
 from shared.bus import Bus, BusUnavailable, Delivery, Outgoing
+from shared.clock import Now
 from shared.database import Database, DatabaseUnavailable, SchemaMissing
 from shared.market_calendar import Calendar
 from shared.market_hours import MarketHours
@@ -29,7 +30,7 @@ RETRY_SECONDS = 2.0
 STOP_SECONDS_MAX = 3.0
 """What a shard may still take when the service is to stop; cut off, nothing of it is stored and it comes again."""
 TAKE_SECONDS_MIN, TAKE_SECONDS_MAX = 10.0, 120.0
-CLOCK_SKEW_MAX = timedelta(seconds=5)  # between the replica whose timer published and this one
+CLOCK_SKEW_MAX = timedelta(seconds=5)  # between two replicas that both go by the database's clock
 
 shards_handled = Counter("snapshot_shards", "Shards handled, by outcome", ["outcome"])
 portfolios_stored = Counter("snapshot_portfolios", "Portfolio snapshots stored")
@@ -53,11 +54,13 @@ async def run(
     late_max: timedelta | None = None,
     calendar: Calendar | None = None,
     ack_wait_seconds: float = ACK_WAIT_SECONDS,
+    now: Now = clock.utc_now,
 ) -> None:
     """Handle due shards as the stream delivers them, a few at a time, until `stop` is set.
 
     A shard whose replica is silent for `ack_wait_seconds` is given to another. One that is older than `late_max`, one
-    interval unless given, is skipped. With `calendar`, slots outside its sessions are skipped, whoever announced them.
+    interval unless given, is skipped, and so is one that is not due yet by `now`, which all replicas should have alike.
+    With `calendar`, slots outside its sessions are skipped, whoever announced them.
     """
     async with asyncio.TaskGroup() as tasks:
         for _ in range(AT_ONCE_MAX):
@@ -70,6 +73,7 @@ async def run(
                     late_max=late_max,
                     calendar=calendar,
                     ack_wait_seconds=ack_wait_seconds,
+                    now=now,
                 )
             )
 
@@ -83,10 +87,11 @@ async def _handle_each(
     late_max: timedelta | None,
     calendar: Calendar | None,
     ack_wait_seconds: float,
+    now: Now,
 ) -> None:
     async for delivery in bus.consume(TIMER, durable=CONSUMER, ack_wait_seconds=ack_wait_seconds, stop=stop):
         await lifecycle.finish(
-            handle(database, bus, delivery, interval, calendar, late_max=late_max),
+            handle(database, bus, delivery, interval, calendar, late_max=late_max, now=now),
             stop,
             stop_seconds_max=STOP_SECONDS_MAX,
         )
@@ -100,6 +105,7 @@ async def handle(
     calendar: Calendar | None = None,
     *,
     late_max: timedelta | None = None,
+    now: Now = clock.utc_now,
 ) -> None:
     """Take the snapshots that one message asks for, and answer the message."""
     try:
@@ -112,7 +118,7 @@ async def handle(
         await delivery.discard()
         return
     hours = calendar.hours if calendar else None
-    reason = not_takeable(due.scheduled_at, clock.utc_now(), late_max or interval, hours)
+    reason = not_takeable(due.scheduled_at, now(), late_max or interval, hours)
     if reason:
         shards_handled.labels("skipped").inc()
         log.warning("snapshot_skipped", **_slot(due), reason=reason, deliveries=delivery.deliveries)
@@ -120,7 +126,7 @@ async def handle(
         return
     try:
         async with _kept_alive(delivery):
-            taken = await take(database, bus, due, interval, delivery.deliveries)
+            taken = await take(database, bus, due, interval, delivery.deliveries, now=now)
     except (DatabaseUnavailable, SchemaMissing, BusUnavailable) as error:
         shards_handled.labels("postponed").inc()
         log.warning("snapshot_postponed", **_slot(due), reason=str(error), retry_seconds=RETRY_SECONDS)
@@ -128,7 +134,7 @@ async def handle(
         return
     shards_handled.labels("taken" if taken.added else "duplicate").inc()
     await delivery.acknowledge()
-    late = clock.utc_now() - due.scheduled_at
+    late = now() - due.scheduled_at
     if late > interval:
         shards_overran.inc()
         log.warning(
@@ -141,11 +147,11 @@ async def handle(
 
 
 async def take(
-    database: Database, bus: Bus, due: SnapshotDue, interval: timedelta, deliveries: int
+    database: Database, bus: Bus, due: SnapshotDue, interval: timedelta, deliveries: int, *, now: Now
 ) -> queries.ShardTaken:
     """Store the shard's snapshots, then publish that they are there."""
     began = time.monotonic()
-    remaining = (due.scheduled_at + interval - clock.utc_now()).total_seconds()
+    remaining = (due.scheduled_at + interval - now()).total_seconds()
     taken = await queries.take_snapshots(
         database,
         due.scheduled_at,

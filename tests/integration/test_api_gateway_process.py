@@ -103,7 +103,13 @@ async def test_process_starts_answers_everything_and_ends_with_0(
 
         await eventually(is_ready)
         ready = (await process.gateway.get("/readyz", None)).json()
-        assert ready["checks"] == {"postgres": "ok", "schema": "ok", "nats": "ok", "notifications": "ok"}
+        assert ready["checks"] == {
+            "postgres": "ok",
+            "schema": "ok",
+            "nats": "ok",
+            "clock": "ok",
+            "notifications": "ok",
+        }
         assert (await process.gateway.get(CURRENT)).text.startswith('{"total_value":9.00,')
         assert (await process.gateway.get("/api/portfolio/performance?timeframe=ALL")).json()[
             "data_available"

@@ -49,7 +49,13 @@ async def test_prices_flow_and_sigterm_ends_it_with_exit_code_0(
                 assert await ready.json() == {
                     "service": "price_feeder",
                     "status": "ready",
-                    "checks": {"postgres": "ok", "schema": "ok", "nats": "ok", "lease": "ok"},
+                    "checks": {
+                        "postgres": "ok",
+                        "schema": "ok",
+                        "nats": "ok",
+                        "clock": "ok",
+                        "lease": "ok",
+                    },
                 }
             async with client.get("/metrics") as metrics:
                 text = await metrics.text()
