@@ -367,7 +367,7 @@ def _grown(name: str, before: Usage, now: Usage) -> list[str]:
 def _is_of(pid: int, system: System) -> bool:
     """Tell whether a process is a service of this system."""
     try:
-        return psutil.Process(pid).environ().get("DATABASE_URL") == system.postgres.url
+        return psutil.Process(pid).environ().get("JWT_SECRET") == system.jwt_secret
     except psutil.Error:
         return False
 

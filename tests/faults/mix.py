@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
-from shared.clock import next_boundary, utc_now
+from shared.clock import next_boundary
 from tests.faults import checker
 from tests.faults.checker import Verdict
 from tests.faults.parts import Part, Postgres
@@ -95,7 +95,7 @@ class Life:
 
     async def verdict(self, system: System) -> Verdict:
         """Wait until all is quiet, and compare everything up to now with what must be there."""
-        last = next_boundary(utc_now(), SLOT)
+        last = next_boundary(system.now(), SLOT)
         return await checker.check(system, self.readers, self.first, last, used=self.used)
 
 
@@ -103,7 +103,7 @@ class Life:
 async def lively(system: System, seed: int, *, readers: int = READERS) -> AsyncIterator[Life]:
     """Let users read and order while the block runs."""
     stop = asyncio.Event()
-    life = Life(Readers(system), await checker.usage(system), next_boundary(utc_now(), SLOT))
+    life = Life(Readers(system), await checker.usage(system), next_boundary(system.now(), SLOT))
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(life.readers.run(readers, stop, seed))
         tasks.create_task(system.population.place_orders(system.postgres.url, stop, seed))

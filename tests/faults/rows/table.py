@@ -1,8 +1,11 @@
 """All rows, in their order."""
 
-from tests.faults.rows import feeders, servers, snapshots
+from tests.faults.rows import clock, feeders, network, servers, snapshots, stopping
 from tests.faults.rows.row import Row
 
 ROWS: tuple[Row, ...] = tuple(
-    sorted((*snapshots.ROWS, *feeders.ROWS, *servers.ROWS), key=lambda row: row.number)
+    sorted(
+        (*snapshots.ROWS, *feeders.ROWS, *servers.ROWS, *network.ROWS, *clock.ROWS, *stopping.ROWS),
+        key=lambda row: row.number,
+    )
 )
