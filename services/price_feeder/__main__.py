@@ -83,7 +83,10 @@ async def feed_prices(
             if not await shared_clock.wait_until_known(over):
                 return
             streaming = Streaming(
-                connect, feed=settings.alpaca_feed, symbols_max=settings.alpaca_stream_symbols_max
+                connect,
+                feed=settings.alpaca_feed,
+                symbols_max=settings.alpaca_stream_symbols_max,
+                now=shared_clock.now,
             )
             term = Feed(
                 database,
