@@ -84,6 +84,17 @@ def no_newer_wins() -> None:
     queries.STORE_TRADES = changed
 
 
+def own_clock() -> None:
+    """Let each replica go by its own clock, however wrong it is."""
+    from shared.clock import utc_now
+    from shared.database_clock import DatabaseClock
+
+    def now(self: DatabaseClock) -> datetime:
+        return utc_now()
+
+    DatabaseClock.now = now  # type: ignore[method-assign]
+
+
 # ---- deaths --------------------------------------------------------------------------------------
 
 
@@ -123,6 +134,7 @@ TAMPERINGS: dict[str, Callable[[], None]] = {
         lost_details,
         ack_first,
         no_newer_wins,
+        own_clock,
         die_before_acknowledging,
         die_before_publishing,
     )
