@@ -7,17 +7,22 @@ import sys
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 import asyncpg
 
 from local.servers import kept_secret
 from local.settings import ROOT, SIMULATED_KEYS, free_port
+from shared.clock import utc_now
 from tests.faults import audit
+from tests.faults.clocks import Clock
+from tests.faults.links import Link
 from tests.faults.parts import Nats, Part, Postgres, Service
 from tests.faults.population import UNKNOWN_SYMBOL, Population
+from tests.faults.proxy import proxied
 from tests.waiting import eventually
 
 REPLICAS = 2
@@ -26,6 +31,13 @@ SHARDS = 2
 LATE_SECONDS_MAX = 600
 MARKET_SEED = 7
 SERVICES = ("price_feeder", "snapshotter", "api_gateway")
+READER = "reader"
+TARGETS = {
+    "postgres": ("DATABASE_URL",),
+    "nats": ("NATS_URL",),
+    "market": ("ALPACA_DATA_URL", "ALPACA_BASE_URL", "ALPACA_STREAM_URL"),
+}
+"""What a service may have a link to, and the settings that lead there."""
 
 
 @dataclass
@@ -40,7 +52,18 @@ class System:
     services: dict[str, list[Service]]
     http: aiohttp.ClientSession
     gateway_ports: dict[str, int]
+    """Where readers ask; by way of a proxy if there are links."""
     jwt_secret: str
+    links: list[Link] = field(default_factory=list)
+    """Each passes through a proxy; none unless the options want them."""
+    clocks: dict[str, Clock] = field(default_factory=dict)
+    """Of PostgreSQL, the market and the services, by name; none unless the options want them."""
+    ahead: timedelta = timedelta(0)
+    """How far the system's time is ahead of that of this process."""
+
+    def now(self) -> datetime:
+        """Return the time of the system."""
+        return utc_now() + self.ahead
 
     @property
     def parts(self) -> list[Part]:
@@ -53,8 +76,16 @@ class System:
     def part(self, name: str) -> Part:
         return next(part for part in self.parts if part.name == name)
 
+    def links_of(self, kind: str, target: str) -> list[Link]:
+        """Return the links from all replicas of a service, or from the readers to all replicas of one."""
+        return [link for link in self.links if link.joins(kind, target)]
+
     async def heal(self, parts: Iterable[Part] | None = None) -> None:
-        """Thaw what is frozen, and wait until everything is ready."""
+        """Thaw what is frozen, mend every link, set every clock right, and wait until everything is ready."""
+        for link in self.links:
+            await link.heal()
+        for clock in self.clocks.values():
+            clock.set_ahead(self.ahead)
         for part in parts or self.parts:
             part.thaw()
         for part in parts or self.parts:
@@ -71,6 +102,10 @@ class Options:
     """By service, what runs it instead of its own module: a broken one, say."""
     postgres_settings: Mapping[str, str] = field(default_factory=dict)
     replicas: int = REPLICAS
+    has_links: bool = False
+    """Whether every connection between two parts, and from the readers, passes through a proxy."""
+    clocks_ahead: timedelta | None = None
+    """How far the time of the system is ahead; None: nobody's clock can be set."""
 
 
 @asynccontextmanager
@@ -81,8 +116,13 @@ async def running(
     options = options or Options()
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession())
+        clocks = _clocks(folder / "clocks", options)
         postgres = Postgres(
-            "postgres", folder=folder / "postgres", port=free_port(), settings=options.postgres_settings
+            "postgres",
+            folder=folder / "postgres",
+            port=free_port(),
+            settings=options.postgres_settings,
+            environment=clocks["postgres"].environment if clocks else {},
         )
         nats = Nats("nats", folder=folder / "nats", port=free_port())
         for server in (postgres, nats):
@@ -96,6 +136,7 @@ async def running(
         market_port, jwt_secret = free_port(), kept_secret(folder / "jwt_secret")
         environment = _common(postgres.url, nats.url, market_port, jwt_secret) | dict(options.environment)
         services, gateway_ports = _services(logs, options, http, environment)
+        links = await _link(stack, services, gateway_ports) if options.has_links else []
         market = Service(
             "market",
             module="services.market_simulator",
@@ -105,7 +146,23 @@ async def running(
             http=http,
             ready_path="healthz",
         )
-        system = System(folder, population, postgres, nats, market, services, http, gateway_ports, jwt_secret)
+        for service in (market, *(each for replicas in services.values() for each in replicas)):
+            if clocks:
+                service.environment = {**service.environment, **clocks[service.name].environment}
+        system = System(
+            folder,
+            population,
+            postgres,
+            nats,
+            market,
+            services,
+            http,
+            gateway_ports,
+            jwt_secret,
+            links=links,
+            clocks=clocks,
+            ahead=options.clocks_ahead or timedelta(0),
+        )
         stack.push_async_callback(_end, [system.market, *system.all_services])
         early = [system.market, *system.services["price_feeder"], *system.services["api_gateway"]]
         for service in early:
@@ -164,6 +221,48 @@ def _services(
                 )
             )
     return services, gateway_ports
+
+
+def _clocks(folder: Path, options: Options) -> dict[str, Clock]:
+    """Return a clock for each part that can have one, by its name."""
+    if options.clocks_ahead is None:
+        return {}
+    services = [f"{kind}-{number}" for kind in SERVICES for number in range(1, options.replicas + 1)]
+    clocks = {name: Clock(folder / name) for name in ("postgres", "market", *services)}
+    for clock in clocks.values():
+        clock.set_ahead(options.clocks_ahead)
+    return clocks
+
+
+async def _link(
+    stack: AsyncExitStack, services: Mapping[str, Sequence[Service]], gateway_ports: dict[str, int]
+) -> list[Link]:
+    """Put a proxy between each service and what it connects to, and between the readers and each gateway."""
+    links: list[Link] = []
+    for kind, replicas in services.items():
+        for service in replicas:
+            changed = dict(service.environment)
+            for target, settings in TARGETS.items():
+                if target == "market" and kind != "price_feeder":
+                    continue
+                url = urlsplit(changed[settings[0]])
+                assert url.port is not None
+                proxy = await stack.enter_async_context(proxied(url.port, seed=len(links)))
+                links.append(Link(service.name, target, proxy))
+                for setting in settings:
+                    changed[setting] = _with_port(changed[setting], proxy.port)
+            service.environment = changed
+    for gateway, port in gateway_ports.items():
+        proxy = await stack.enter_async_context(proxied(port, seed=len(links)))
+        links.append(Link(READER, gateway, proxy))
+        gateway_ports[gateway] = proxy.port
+    return links
+
+
+def _with_port(url: str, port: int) -> str:
+    parts = urlsplit(url)
+    user, at, _ = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{user}{at}127.0.0.1:{port}"))
 
 
 def _common(database_url: str, nats_url: str, market_port: int, jwt_secret: str) -> dict[str, str]:

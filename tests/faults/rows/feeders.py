@@ -17,7 +17,7 @@ HEALED_SECONDS_MAX = TAKEOVER_SECONDS_MAX + 1.0
 """A standby takes over, and its first round publishes what the one before did not."""
 
 
-async def _leader(system: System) -> Service:
+async def leading_feeder(system: System) -> Service:
     """Return the feeder that has the lease."""
 
     async def holder() -> Service | None:
@@ -56,14 +56,14 @@ async def _seconds_without_prices(system: System) -> float:
 async def _standby(system: System, _: Life) -> str:
     seen = []
     for what in ("killed", "frozen"):
-        leader = await _leader(system)
+        leader = await leading_feeder(system)
         if what == "frozen":
             leader.freeze()
         else:
             leader.kill()
         seconds = await _seconds_without_prices(system)
         assert seconds <= TAKEOVER_SECONDS_MAX, f"{seconds:.1f} s without prices after it was {what}"
-        new = await _leader(system)
+        new = await leading_feeder(system)
         assert what == "killed" or new is not leader
         leader.thaw()
         await leader.wait_until_ready()
@@ -88,7 +88,7 @@ async def _before_publishing(system: System, _: Life) -> str:
 
     await eventually(has_died, timeout=20)
     began = time.monotonic()
-    await _leader(system)
+    await leading_feeder(system)
     seconds = await _seconds_without_prices(system)
     assert time.monotonic() - began <= HEALED_SECONDS_MAX, f"{time.monotonic() - began:.1f} s"
     return f"prices again {seconds:.1f} s later; the checker compares table and bus"
