@@ -59,7 +59,11 @@ def child_command(command: Sequence[str], *, death_signal: str = "TERM") -> list
 
 @contextmanager
 def postgres(
-    folder: Path, *, settings: Mapping[str, str] | None = None, port: int | None = None
+    folder: Path,
+    *,
+    settings: Mapping[str, str] | None = None,
+    port: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """Run PostgreSQL 18 with its data in `folder/data`, its log and password beside it, on `port` or a free one.
 
@@ -71,7 +75,7 @@ def postgres(
     if not (data / "PG_VERSION").exists():
         _initialise_data(data, folder / "password")
     options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", **(settings or {})}
-    port, process = _start_postgres(data, folder / "postgres.log", options, port)
+    port, process = _start_postgres(data, folder / "postgres.log", options, port, environment)
     try:
         _create_database(port, password)
         url = f"postgresql://foliotick:{password}@127.0.0.1:{port}/foliotick"
@@ -301,14 +305,18 @@ def _empty_data(data: Path) -> Path:
 
 
 def _start_postgres(
-    data: Path, log: Path, options: Mapping[str, str], wanted_port: int | None = None
+    data: Path,
+    log: Path,
+    options: Mapping[str, str],
+    wanted_port: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> tuple[int, subprocess.Popen[bytes]]:
     for _ in range(3):  # another process may take the free port first
         port = wanted_port or free_port()
         command = [_postgres_binary("postgres"), "-D", str(data), "-p", str(port)]
         for name, value in options.items():
             command += ["-c", f"{name}={value}"]
-        process = _spawn(_as_postgres_user(command), log, dict(os.environ), wrapped=True)
+        process = _spawn(_as_postgres_user(command), log, os.environ | dict(environment or {}), wrapped=True)
         if _accepts(port, process):
             return port, process
         _stop(process, signal.SIGINT)

@@ -1,10 +1,12 @@
 """Aligned time. Only the outermost loops ask the clock; below them the instant is a parameter."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+Now = Callable[[], datetime]
+"""A clock: returns the aware current time in UTC."""
 _CLOCK_CHECK_SECONDS_MAX = 1.0  # a wall clock that jumps is noticed within this time
 
 
@@ -34,7 +36,9 @@ async def wait_for_stop(stop: asyncio.Event, timeout: float) -> bool:
     return stop.is_set()
 
 
-async def aligned_ticks(interval: timedelta, stop: asyncio.Event) -> AsyncIterator[datetime]:
+async def aligned_ticks(
+    interval: timedelta, stop: asyncio.Event, *, now: Now = utc_now
+) -> AsyncIterator[datetime]:
     """Yield the boundary of `interval` under way, then each one once it is reached, until `stop` is set.
 
     When boundaries pass while the caller works, the last of them is yielded at once and the others are left out.
@@ -42,11 +46,11 @@ async def aligned_ticks(interval: timedelta, stop: asyncio.Event) -> AsyncIterat
     """
     yielded: datetime | None = None
     while not stop.is_set():
-        now = utc_now()
-        boundary = last_boundary(now, interval)
+        at = now()
+        boundary = last_boundary(at, interval)
         if boundary != yielded:
             yielded = boundary
             yield boundary
         else:
-            remaining = (boundary + interval - now).total_seconds()
+            remaining = (boundary + interval - at).total_seconds()
             await wait_for_stop(stop, min(remaining, _CLOCK_CHECK_SECONDS_MAX))

@@ -5,6 +5,7 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 from nats.aio.client import Client
@@ -26,8 +27,13 @@ async def eventually(probe: Callable[[], Awaitable[T]], *, timeout: float = 10.0
         except AssertionError as error:
             problem = error
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout:g} s: {inspect.getsource(probe).strip()}") from problem
+            said = f" ({problem})" if problem else ""
+            raise AssertionError(f"not within {timeout:g} s: {_source(probe)}{said}") from problem
         await asyncio.sleep(every)
+
+
+def _source(probe: Callable[..., object]) -> str:
+    return inspect.getsource(probe.func if isinstance(probe, partial) else probe).strip()
 
 
 async def settled(client: Client) -> None:

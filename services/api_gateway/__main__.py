@@ -14,6 +14,7 @@ from services.api_gateway.settings import Settings
 from shared import database as databases
 from shared import health, lifecycle
 from shared.bus import Bus
+from shared.database_clock import DatabaseClock
 from shared.lifecycle import Stop
 from shared.market_calendar import Calendar
 
@@ -55,10 +56,12 @@ async def serve(settings: Settings, stop: Stop) -> None:
         auth.verifier(settings) as verifier,
         replica.reading(settings, database) as source,
     ):
+        shared_clock = DatabaseClock(database)
         checks: dict[str, health.Check] = {
             "postgres": database.check,
             "schema": database.check_schema,
             "nats": _NatsCheck(bus),
+            "clock": shared_clock.check,
         }
         if settings.jwt_jwks_url is not None:
             checks["token_keys"] = verifier.check
@@ -79,6 +82,7 @@ async def serve(settings: Settings, stop: Stop) -> None:
         ):
             left = asyncio.Event()
             tasks.create_task(calendar.keep(database, left))
+            tasks.create_task(shared_clock.keep(left))
             tasks.create_task(app.keep_up(settings, served, bus, left))
             await served.leaving.leave(stop, settings.gateway_drain_seconds, served.live)
             left.set()

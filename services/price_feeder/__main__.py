@@ -20,6 +20,7 @@ from shared import database as databases
 from shared import health, lifecycle, logs
 from shared.bus import Bus
 from shared.database import Database
+from shared.database_clock import DatabaseClock
 from shared.market_calendar import Calendar
 from shared.messages import prices_stream
 
@@ -47,10 +48,12 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         ) as bus,
     ):
         lease = Lease(lease_database)
+        shared_clock = DatabaseClock(database)
         checks: dict[str, health.Check] = {
             "postgres": database.check,
             "schema": database.check_schema,
             "nats": bus.check,
+            "clock": shared_clock.check,
         }
         signals = Signals()
         if settings.price_update_enabled:
@@ -66,11 +69,20 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 log.warning("price_updates_disabled", setting="PRICE_UPDATE_ENABLED")
                 await stop.wait()
                 return
-            await feed_prices(settings, database, bus, lease, signals=signals, stop=stop)
+            await feed_prices(
+                settings, database, bus, lease, signals=signals, stop=stop, shared_clock=shared_clock
+            )
 
 
 async def feed_prices(
-    settings: Settings, database: Database, bus: Bus, lease: Lease, *, signals: Signals, stop: asyncio.Event
+    settings: Settings,
+    database: Database,
+    bus: Bus,
+    lease: Lease,
+    *,
+    signals: Signals,
+    stop: asyncio.Event,
+    shared_clock: DatabaseClock,
 ) -> None:
     assert settings.alpaca_api_key
     assert settings.alpaca_secret_key
@@ -94,8 +106,13 @@ async def feed_prices(
         )
 
         async def lead(over: asyncio.Event) -> None:
+            if not await shared_clock.wait_until_known(over):
+                return
             streaming = Streaming(
-                connect, feed=settings.alpaca_feed, symbols_max=settings.alpaca_stream_symbols_max
+                connect,
+                feed=settings.alpaca_feed,
+                symbols_max=settings.alpaca_stream_symbols_max,
+                now=shared_clock.now,
             )
             term = Feed(
                 database,
@@ -105,6 +122,7 @@ async def feed_prices(
                 calendar=sessions,
                 streaming=streaming if settings.price_stream_enabled else None,
                 closed_interval=settings.closed_interval,
+                now=shared_clock.now,
             )
             async with signals.of(term), asyncio.TaskGroup() as tasks:
                 tasks.create_task(feed.run(term, settings.interval, over))
@@ -117,12 +135,14 @@ async def feed_prices(
                         over,
                         cooldown=settings.refresh_cooldown,
                         requests_per_minute=settings.alpaca_requests_per_minute,
+                        now=shared_clock.now,
                     )
                 )
 
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(answers.run(database, bus, stop))  # a standby answers as well
             tasks.create_task(sessions.keep(database, stop))
+            tasks.create_task(shared_clock.keep(stop))
             tasks.create_task(calendar.run(database, calendar_source, lease.holds, stop))
             await lease.lead(lead, stop)
 

@@ -31,6 +31,7 @@ from services.price_feeder.trades import (
 )
 from shared import clock, lifecycle, logs
 from shared.bus import Bus
+from shared.clock import Now
 from shared.database import Database, DatabaseUnavailable, SchemaMissing
 from shared.freshness import PRICE_FRESH_FOR, is_price_fresh
 from shared.market_calendar import Calendar
@@ -123,10 +124,12 @@ class Feed:
         calendar: Calendar | None = None,
         streaming: Streaming | None = None,
         closed_interval: timedelta = timedelta(0),
+        now: Now = clock.utc_now,
     ) -> None:
         self.bus = bus
         self.outbox = Outbox(bus, lease)
         self.streaming = streaming
+        self._now = now
         self._database = database
         self._market = market
         self._lease = lease
@@ -154,7 +157,7 @@ class Feed:
             advice = (
                 "see the checks postgres and schema of /readyz; prices are stored again once they are well"
             )
-            self._note_problem(done.problem, clock.utc_now(), advice=advice)
+            self._note_problem(done.problem, self._now(), advice=advice)
             await self.outbox.publish()
         except LeaseLost as error:
             self._lease.lose()
@@ -186,10 +189,10 @@ class Feed:
         self._forget_all_but(held)
         await self._recall(held)
         await self._follow(held)
-        hours, began_at = self._calendar.hours, clock.utc_now()
+        hours, began_at = self._calendar.hours, self._now()
         due = self._pace.due(held, hours, began_at)
         if held and not due:
-            self._note_status(clock.utc_now())
+            self._note_status(self._now())
             await self.outbox.publish()
             return Round("resting", unpublished=len(self.outbox))
         heard = self.streaming.streamed if self.streaming else frozenset()
@@ -271,7 +274,7 @@ class Feed:
 
     async def _ask(self, symbols: list[str], stop: asyncio.Event) -> LastTrades:
         answers = await self._market.latest_trades(
-            symbols, now=clock.utc_now(), seconds_max=ANSWERS_SECONDS_MAX, stop=stop
+            symbols, now=self._now(), seconds_max=ANSWERS_SECONDS_MAX, stop=stop
         )
         if any(trade.feed == SIMULATED and self._pace.is_bound(trade.symbol) for trade in answers.trades):
             self._pace.feed = SIMULATED
@@ -285,7 +288,7 @@ class Feed:
         """
         async with self._storing:
             trades, standing, behind = await self._of_sessions(answers.trades)
-            at = clock.utc_now()
+            at = self._now()
             withdrawn = {symbol: mark.traded_at for symbol, mark in self._withdrawn.items()}
             stored = await queries.store_trades(
                 self._database, self._lease.term, [*trades, *standing], at, withdrawn=withdrawn
@@ -312,7 +315,7 @@ class Feed:
                 trades, _, _ = await self._of_sessions(
                     [trade for trade in judged if not isinstance(trade, Rejection)]
                 )
-                at = clock.utc_now()
+                at = self._now()
                 stored = await queries.store_trades(
                     self._database, self._lease.term, trades, at, in_order=True
                 )
@@ -413,7 +416,7 @@ class Feed:
         except (DatabaseUnavailable, SchemaMissing):
             return None
         conflation = self.streaming.conflation
-        at = clock.utc_now()
+        at = self._now()
         to_ask = set()
         for withdrawal in withdrawals:
             symbol = withdrawal.symbol
@@ -458,7 +461,7 @@ class Feed:
         """Say what is streamed, and what state that makes, at once; the first round of a term says it first."""
         if self.outbox.status is None:
             return
-        self._note_status(clock.utc_now())
+        self._note_status(self._now())
         self.outbox.wake()
 
     def _note_problem(
@@ -495,7 +498,7 @@ class Feed:
         state, detail = FeedState.STOPPED, "the price feeder was stopped"
         if self._lease.has_just_run_out():
             state, detail = FeedState.STALE, "the database does not answer: nobody feeds prices"
-        self.outbox.set_status(state, detail, clock.utc_now(), streamed=0, polled=0)
+        self.outbox.set_status(state, detail, self._now(), streamed=0, polled=0)
         await self.outbox.publish_last_status()
 
 

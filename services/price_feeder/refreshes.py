@@ -18,6 +18,7 @@ from services.price_feeder.market_data import BATCH_SIZE_MAX
 from services.price_feeder.queries import LeaseLost
 from shared import clock, logs
 from shared.bus import Bus, Refused
+from shared.clock import Now
 from shared.database import Database, DatabaseUnavailable, SchemaMissing
 from shared.messages import REFRESH_REQUESTED, PricesRefreshed, RefreshRequested
 from shared.refreshes import check_time
@@ -121,6 +122,7 @@ async def run(
     *,
     cooldown: timedelta,
     requests_per_minute: int,
+    now: Now = clock.utc_now,
 ) -> None:
     """Answer requests until `over` is set; `holds` tells whether this feeder has the lease."""
     rounds = Rounds(refresh, holds, requests_per_minute)
@@ -128,7 +130,7 @@ async def run(
     async def answer(payload: bytes) -> PricesRefreshed:
         requested = RefreshRequested.model_validate_json(payload)
         try:
-            return await refreshed(database, rounds, requested, cooldown)
+            return await refreshed(database, rounds, requested, cooldown, now)
         except Refused as refusal:
             requests_handled.labels("failed" if refusal.code == 503 else "refused").inc()
             log.info("price_refresh_refused", user_id=requested.user_id, reason=str(refusal))
@@ -145,7 +147,7 @@ async def run(
 
 
 async def refreshed(
-    database: Database, rounds: Rounds, requested: RefreshRequested, cooldown: timedelta
+    database: Database, rounds: Rounds, requested: RefreshRequested, cooldown: timedelta, now: Now
 ) -> PricesRefreshed:
     """Ask the market for what the user holds; raises Refused.
 
@@ -153,7 +155,7 @@ async def refreshed(
     trouble is not asked more often for it.
     """
     began = time.monotonic()
-    check_time(requested.requested_at, clock.utc_now())
+    check_time(requested.requested_at, now())
     rounds.check()
     again_seconds = max(RETRY_SECONDS, math.ceil(cooldown.total_seconds()))
     try:
@@ -162,7 +164,7 @@ async def refreshed(
     except (DatabaseUnavailable, SchemaMissing) as error:
         raise Refused(503, "the database does not answer", RETRY_SECONDS) from error
     if not held:
-        return PricesRefreshed(refreshed_at=clock.utc_now(), symbols=0, confirmed=0, changed=0, rejected=0)
+        return PricesRefreshed(refreshed_at=now(), symbols=0, confirmed=0, changed=0, rejected=0)
     try:
         brought = await rounds.join(held[:SYMBOLS_MAX])
     except (DatabaseUnavailable, SchemaMissing, LeaseLost) as error:

@@ -9,6 +9,8 @@ from services.price_feeder import metrics
 from services.price_feeder.conflation import Conflation, StreamedTrade
 from services.price_feeder.frames import Withdrawal
 from services.price_feeder.streams import Connection, Listener, Stream, StreamState
+from shared import clock
+from shared.clock import Now
 from shared.messages import AssetClass
 
 WITHDRAWALS_MAX = 1000
@@ -35,7 +37,12 @@ class Streaming:
     """What is streamed, and the work that comes of it while `run` runs."""
 
     def __init__(
-        self, connections: Mapping[AssetClass, Callable[[], Connection]], *, feed: str, symbols_max: int
+        self,
+        connections: Mapping[AssetClass, Callable[[], Connection]],
+        *,
+        feed: str,
+        symbols_max: int,
+        now: Now = clock.utc_now,
     ) -> None:
         self.symbols_max = symbols_max
         self.conflation = Conflation()
@@ -59,6 +66,7 @@ class Streaming:
                 symbols_max=symbols_max,
                 conflation=self.conflation,
                 listener=listener,
+                now=now,
             )
             for kind, connect in connections.items()
         }

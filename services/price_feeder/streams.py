@@ -25,6 +25,7 @@ from services.price_feeder import metrics
 from services.price_feeder.conflation import Conflation
 from services.price_feeder.frames import TradingStatus, Withdrawal, hear, unpacked
 from shared import logs
+from shared.clock import Now
 from shared.market_hours import SIMULATED
 from shared.messages import AssetClass
 
@@ -236,6 +237,7 @@ class Stream:
         symbols_max: int,
         conflation: Conflation,
         listener: Listener,
+        now: Now,
     ) -> None:
         self.name = name
         self.state = StreamState.OFF
@@ -247,6 +249,7 @@ class Stream:
         self._symbols_max = symbols_max
         self._conflation = conflation
         self._listener = listener
+        self._now = now
         self._wanted: tuple[str, ...] = ()
         self._steering_wanted = asyncio.Event()
         self._answer: asyncio.Future[int] | None = None
@@ -346,7 +349,8 @@ class Stream:
         conflation = self._conflation
         while True:
             frame = await connection.receive()
-            heard = hear(frame, self.subscribed, self._label, conflation, now_ns=time.time_ns())
+            now_ns = int(self._now().timestamp() * 1e9)
+            heard = hear(frame, self.subscribed, self._label, conflation, now_ns=now_ns)
             self._trades_heard += heard.trades
             counts(heard)
             if heard.taken:

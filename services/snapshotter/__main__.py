@@ -14,6 +14,7 @@ from services.snapshotter.troubles import Troubles
 from shared import clock, health, lifecycle, logs
 from shared import database as databases
 from shared.bus import Bus
+from shared.database_clock import DatabaseClock
 from shared.market_calendar import Calendar
 
 log = logs.get_logger()
@@ -40,6 +41,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 "postgres": database.check,
                 "schema": database.check_schema,
                 "nats": bus.check,
+                "clock": (shared_clock := DatabaseClock(database)).check,
                 "snapshots": troubles.check,
                 "dead_letters": lambda: check_dead_letters(bus),
             },
@@ -56,6 +58,12 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as tasks:
             if calendar:
                 tasks.create_task(calendar.keep(database, stop))
+            tasks.create_task(shared_clock.keep(stop))
+            tasks.create_task(requested.run(database, bus, settings.cooldown, stop, now=shared_clock.now))
+            tasks.create_task(upkeep.run(database, settings.upkeep, stop, troubles))
+            # Without it a wrong clock of this machine would say which slots are due.
+            if not await shared_clock.wait_until_known(stop):
+                return
             tasks.create_task(
                 timer.run(
                     bus,
@@ -65,6 +73,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                     late_max=settings.late_max,
                     calendar=calendar,
                     troubles=troubles,
+                    now=shared_clock.now,
                 )
             )
             tasks.create_task(
@@ -76,10 +85,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                     late_max=settings.late_max,
                     calendar=calendar,
                     troubles=troubles,
+                    now=shared_clock.now,
                 )
             )
-            tasks.create_task(requested.run(database, bus, settings.cooldown, stop))
-            tasks.create_task(upkeep.run(database, settings.upkeep, stop, troubles))
 
 
 async def check_dead_letters(bus: Bus) -> health.Degraded | None:

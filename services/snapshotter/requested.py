@@ -12,6 +12,7 @@ from prometheus_client import Counter, Histogram
 from services.snapshotter import queries
 from shared import clock, logs, refreshes
 from shared.bus import Bus, BusUnavailable, Outgoing, Refused
+from shared.clock import Now
 from shared.database import Database, DatabaseUnavailable, SchemaMissing
 from shared.messages import REQUESTED_SNAPSHOT_TAKEN, SNAPSHOT_REQUESTED, SnapshotRequested, SnapshotTaken
 
@@ -38,13 +39,15 @@ request_seconds = Histogram(
 log = logs.get_logger()
 
 
-async def run(database: Database, bus: Bus, cooldown: timedelta, stop: asyncio.Event) -> None:
+async def run(
+    database: Database, bus: Bus, cooldown: timedelta, stop: asyncio.Event, *, now: Now = clock.utc_now
+) -> None:
     """Answer requests for snapshots until `stop` is set."""
     turn = asyncio.Semaphore(AT_ONCE_MAX)
 
     async def answer(payload: bytes) -> SnapshotTaken:
         async with turn:
-            return await handle(database, bus, payload, cooldown)
+            return await handle(database, bus, payload, cooldown, now=now)
 
     await bus.serve(
         SNAPSHOT_REQUESTED,
@@ -56,12 +59,14 @@ async def run(database: Database, bus: Bus, cooldown: timedelta, stop: asyncio.E
     )
 
 
-async def handle(database: Database, bus: Bus, payload: bytes, cooldown: timedelta) -> SnapshotTaken:
+async def handle(
+    database: Database, bus: Bus, payload: bytes, cooldown: timedelta, *, now: Now = clock.utc_now
+) -> SnapshotTaken:
     """Take the snapshot that a message asks for, and announce it; raises Refused, or ValidationError."""
     began = time.monotonic()
     requested = SnapshotRequested.model_validate_json(payload)
     try:
-        refreshes.check_time(requested.requested_at, clock.utc_now())
+        refreshes.check_time(requested.requested_at, now())
         taken, added = await queries.take_requested_snapshot(
             database, requested.user_id, requested.requested_at, cooldown
         )

@@ -17,6 +17,7 @@ from services.snapshotter import queries
 from services.snapshotter.troubles import Troubles
 from shared import clock, lifecycle, logs
 from shared.bus import DELIVERIES_MAX, Bus, BusUnavailable, Delivery, Outgoing
+from shared.clock import Now
 from shared.database import Database, DatabaseUnavailable, SchemaMissing
 from shared.market_calendar import Calendar
 from shared.market_hours import MarketHours
@@ -31,7 +32,7 @@ RETRY_SECONDS = 1.0
 STOP_SECONDS_MAX = 3.0
 """What a shard may still take when the service is to stop; cut off, nothing of it is stored and it comes again."""
 TAKE_SECONDS_MIN, TAKE_SECONDS_MAX = 10.0, 120.0
-CLOCK_SKEW_MAX = timedelta(seconds=5)  # between the replica whose timer published and this one
+CLOCK_SKEW_MAX = timedelta(seconds=5)  # between two replicas that both go by the database's clock
 
 FAILURES_IN_A_ROW_MAX = 10
 
@@ -77,16 +78,18 @@ async def run(
     calendar: Calendar | None = None,
     ack_wait_seconds: float = ACK_WAIT_SECONDS,
     troubles: Troubles | None = None,
+    now: Now = clock.utc_now,
 ) -> None:
     """Handle due shards as the stream delivers them, a few at a time, until `stop` is set.
 
     A shard whose replica is silent for `ack_wait_seconds` is given to another. One that is older than `late_max`, one
-    interval unless given, is skipped. With `calendar`, slots outside its sessions are skipped, whoever announced them.
+    interval unless given, is skipped, and so is one that is not due yet by `now`, which all replicas should have alike.
+    With `calendar`, slots outside its sessions are skipped, whoever announced them.
     Ends by an error when FAILURES_IN_A_ROW_MAX messages in a row failed unexpectedly: it is then the process that is
     ill, and not one of them.
     """
     worker = Worker(
-        database, bus, interval, late_max or interval, stop, calendar, troubles or Troubles(interval)
+        database, bus, interval, late_max or interval, stop, calendar, troubles or Troubles(interval), now
     )
     async with asyncio.TaskGroup() as tasks:
         for _ in range(AT_ONCE_MAX):
@@ -105,6 +108,7 @@ class Worker:
     stop: asyncio.Event
     calendar: Calendar | None
     troubles: Troubles
+    now: Now
     failures_in_a_row: int = 0
 
 
@@ -166,7 +170,7 @@ async def handle(worker: Worker, delivery: Delivery) -> None:
         return
     shards_handled.labels(outcome).inc()
     await delivery.acknowledge()
-    late = clock.utc_now() - due.scheduled_at
+    late = worker.now() - due.scheduled_at
     if outcome != "skipped" and late > worker.interval:
         shards_overran.inc()
         worker.troubles.happened("overran", f"slot {due.scheduled_at.isoformat()} overran its interval")
@@ -187,13 +191,13 @@ async def _take_or_wait(worker: Worker, due: SnapshotDue, deliveries: int) -> st
     said, attempts = "", 0
     try:
         while True:
-            reason = not_takeable(due.scheduled_at, clock.utc_now(), worker.late_max, hours)
+            reason = not_takeable(due.scheduled_at, worker.now(), worker.late_max, hours)
             if reason is not None and (taken is None or attempts):
                 return _given_up(worker, due, deliveries, reason, taken)
             try:
                 if taken is None:
                     again = deliveries > 1 or attempts > 0
-                    taken = await store(worker.database, due, worker.interval, again=again)
+                    taken = await store(worker.database, due, worker.interval, again=again, now=worker.now)
                 await announce(worker.bus, due, taken)
             except (DatabaseUnavailable, SchemaMissing, BusUnavailable) as error:
                 why = _WHY[type(error)]
@@ -233,18 +237,18 @@ def _given_up(
             advice="they are stored; charts show them within a minute. See why the bus did not store the message",
         )
         return "taken"
-    if due.scheduled_at < clock.utc_now():
+    if due.scheduled_at < worker.now():
         worker.troubles.happened("skipped", f"slot {slot} was skipped")
     log.warning("snapshot_skipped", **_slot(due), reason=reason, deliveries=deliveries)
     return "skipped"
 
 
 async def store(
-    database: Database, due: SnapshotDue, interval: timedelta, *, again: bool
+    database: Database, due: SnapshotDue, interval: timedelta, *, again: bool, now: Now
 ) -> queries.ShardTaken:
     """Store the shard's snapshots, committed when this returns."""
     began = time.monotonic()
-    remaining = (due.scheduled_at + interval - clock.utc_now()).total_seconds()
+    remaining = (due.scheduled_at + interval - now()).total_seconds()
     taken = await queries.take_snapshots(
         database,
         due.scheduled_at,

@@ -1,7 +1,8 @@
 """The timer: on every boundary, publish that each shard is due."""
 
 import asyncio
-from collections.abc import Iterator
+from collections import deque
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from prometheus_client import Counter
@@ -10,15 +11,26 @@ from pydantic import ValidationError
 from services.snapshotter.troubles import Troubles
 from shared import clock, logs
 from shared.bus import Bus, BusUnavailable, Outgoing
+from shared.clock import Now
 from shared.market_calendar import Calendar
 from shared.messages import SNAPSHOT_DUE, TIMER, SnapshotDue
 
 RETRY_SECONDS = 1.0
+LEAPS_MAX = 16
+"""Leaps ahead of the clock that are remembered, should it go back."""
 
 slots_announced = Counter("snapshot_slots_announced", "Slots whose shards were all published as due")
 slots_missed = Counter("snapshot_slots_missed", "Slots that could not be published in time")
 
 log = logs.get_logger()
+
+
+@dataclass
+class _Run:
+    """Slots that were announced, without a gap between the first and the last."""
+
+    first: datetime
+    last: datetime
 
 
 async def run(
@@ -30,52 +42,60 @@ async def run(
     late_max: timedelta | None = None,
     calendar: Calendar | None = None,
     troubles: Troubles | None = None,
+    now: Now = clock.utc_now,
 ) -> None:
     """Announce each slot when it is reached, beginning with the current one, until `stop` is set.
 
     Beginning with the slot that is under way means that a restart across a boundary loses no slot; where a
     replica has announced it already, the stream discards the copy. Slots that nobody could announce in time are
-    announced while they are younger than `late_max`, one interval unless given, also those before the start. With
-    `calendar`, the slots outside its sessions are left out.
+    announced while they are younger than `late_max`, one interval unless given, also those before the start, and those
+    that a clock leapt over which then went back. With `calendar`, the slots outside its sessions are left out.
     """
     late_max = late_max or interval
     is_resting = False
-    announced = await _last_announced(bus, stop) if late_max > interval else None
-    async for reached in clock.aligned_ticks(interval, stop):
-        for scheduled_at in _slots(announced, reached, interval, clock.utc_now() - late_max):
+    runs: deque[_Run] = deque(maxlen=LEAPS_MAX)
+    before = await _last_announced(bus, stop) if late_max > interval else None
+    if before is not None:
+        runs.append(_Run(before, before))
+    async for reached in clock.aligned_ticks(interval, stop, now=now):
+        for scheduled_at in _slots(runs, reached, interval, now() - late_max):
             was_resting, is_resting = is_resting, _rests(scheduled_at, calendar, said=is_resting)
             if was_resting and not is_resting:
                 log.info("snapshots_resumed", scheduled_at=scheduled_at.isoformat())
-            if is_resting or await announce(bus, scheduled_at, late_max, shards, stop):
+            if is_resting or await announce(bus, scheduled_at, late_max, shards, stop, now=now):
                 continue
             if troubles and not stop.is_set():
                 troubles.happened("missed", f"slot {scheduled_at.isoformat()} was not announced")
-        announced = reached
 
 
-def _slots(
-    announced: datetime | None, reached: datetime, interval: timedelta, too_late: datetime
-) -> Iterator[datetime]:
-    """Yield the slots after the one that was announced last and after `too_late`, up to `reached`.
+def _slots(runs: deque[_Run], reached: datetime, interval: timedelta, too_late: datetime) -> list[datetime]:
+    """Return the slots after the one that was announced last and after `too_late`, up to `reached`, and note them.
 
-    That one alone when none was announced, or when the clock has gone back.
+    That one alone when none was announced, or when the clock went back to one that was. When it went back over a
+    leap ahead, the run before the leap goes on.
     """
-    slot = reached
-    if announced is not None and announced < reached:
-        first = clock.next_boundary(announced, interval)
-        slot = max(first, clock.next_boundary(min(too_late, reached - interval), interval))
-        if missed := (slot - first) // interval:
-            slots_missed.inc(missed)
-            log.error(
-                "slots_missed",
-                slots=missed,
-                first=first.isoformat(),
-                reason="nobody could announce them in time",
-                advice="SNAPSHOT_LATE_SECONDS_MAX says how late a slot may be",
-            )
-    while slot <= reached:
-        yield slot
-        slot += interval
+    while runs and runs[-1].first > reached:
+        runs.pop()
+    if not runs:
+        runs.append(_Run(reached, reached))
+        return [reached]
+    if reached <= runs[-1].last:
+        return [reached]
+    first = clock.next_boundary(runs[-1].last, interval)
+    slot = max(first, clock.next_boundary(min(too_late, reached - interval), interval))
+    if missed := (slot - first) // interval:
+        slots_missed.inc(missed)
+        log.error(
+            "slots_missed",
+            slots=missed,
+            first=first.isoformat(),
+            reason="nobody could announce them in time",
+            advice="SNAPSHOT_LATE_SECONDS_MAX says how late a slot may be",
+        )
+        runs.append(_Run(slot, reached))
+    else:
+        runs[-1].last = reached
+    return [slot + number * interval for number in range((reached - slot) // interval + 1)]
 
 
 async def _last_announced(bus: Bus, stop: asyncio.Event) -> datetime | None:
@@ -102,7 +122,13 @@ def _rests(scheduled_at: datetime, calendar: Calendar | None, *, said: bool) -> 
 
 
 async def announce(
-    bus: Bus, scheduled_at: datetime, late_max: timedelta, shards: int, stop: asyncio.Event
+    bus: Bus,
+    scheduled_at: datetime,
+    late_max: timedelta,
+    shards: int,
+    stop: asyncio.Event,
+    *,
+    now: Now = clock.utc_now,
 ) -> bool:
     """Publish SnapshotDue for every shard, trying again while the slot is younger than `late_max`.
 
@@ -115,7 +141,7 @@ async def announce(
             slots_announced.inc()
             return True
         waiting, reason = [outgoing for outgoing, _ in failed], failed[0][1]
-        if clock.utc_now() - scheduled_at >= late_max:
+        if now() - scheduled_at >= late_max:
             slots_missed.inc()
             log.error(
                 "slot_missed",

@@ -28,12 +28,12 @@ async def play_rows(rows: list[Row], folder: Path, seed: int) -> int:
     failed = 0
     async with AsyncExitStack() as stack:
         usual: System | None = None
-        for row in rows:
+        for number, row in enumerate(rows):
             lack = row.needs()
             if lack:
                 say(f"{row.number:>3}  {row.name}\n       not run: {lack}")
                 continue
-            place = folder / f"row{row.number}"
+            place = folder / f"row{row.number}-{number}"
             place.mkdir()
             people = population.drawn(USERS, seed)
             options = row.options(place)

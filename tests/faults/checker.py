@@ -5,7 +5,7 @@ import json
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
@@ -341,6 +341,7 @@ def _metric(text: str, name: str) -> float | None:
 
 async def grown(system: System, before: Mapping[str, Usage]) -> list[str]:
     """Return which services use more than they did, and what was left behind."""
+    before = _of_any_replica(system, before)
     found: list[str] = []
     for _ in range(10):  # what is under way just now is no leak
         found = [
@@ -363,6 +364,18 @@ async def grown(system: System, before: Mapping[str, Usage]) -> list[str]:
     known = {pid for part in system.parts for pid in part.pids()[:1]}
     found += [f"process {pid}" for pid in running - known if _is_of(pid, system)]
     return found
+
+
+def _of_any_replica(system: System, used: Mapping[str, Usage]) -> dict[str, Usage]:
+    """Return for each service the most that any of its replicas used: one that stood by may lead by now."""
+    most = {}
+    for replicas in system.services.values():
+        known = [used[service.name] for service in replicas if service.name in used]
+        for service in replicas if known else ():
+            most[service.name] = Usage(
+                *(max(getattr(each, name.name) for each in known) for name in fields(Usage))
+            )
+    return most
 
 
 def _grown(name: str, before: Usage, now: Usage) -> list[str]:

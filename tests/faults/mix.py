@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
-from shared.clock import next_boundary, utc_now
+from shared.clock import next_boundary
 from tests.faults import checker
 from tests.faults.checker import Verdict
 from tests.faults.parts import Part, Postgres
@@ -98,7 +98,7 @@ class Life:
 
     async def verdict(self, system: System) -> Verdict:
         """Wait until all is quiet, and compare everything up to now with what must be there."""
-        last = next_boundary(utc_now(), SLOT)
+        last = next_boundary(system.now(), SLOT)
         verdict = await checker.check(system, self.readers, self.first, last, used=self.used)
         verdict.counts["streams"] = dict(sorted(self.watchers.counts.items()))
         verdict.add("stream", self.watchers.wrong)
@@ -112,7 +112,7 @@ async def lively(
     """Let users read, watch and order while the block runs."""
     stop = asyncio.Event()
     used = await checker.usage(system)
-    life = Life(Readers(system), Watchers(system), used, next_boundary(utc_now(), SLOT))
+    life = Life(Readers(system), Watchers(system), used, next_boundary(system.now(), SLOT))
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(life.readers.run(readers, stop, seed))
         tasks.create_task(life.watchers.run(watchers, stop, seed))

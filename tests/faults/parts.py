@@ -277,9 +277,10 @@ class _Embedded(Part):
 @dataclass
 class Postgres(_Embedded):
     settings: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def _open(self) -> AbstractContextManager[Server]:
-        return postgres(self.folder, settings=self.settings, port=self.port)
+        return postgres(self.folder, settings=self.settings, port=self.port, environment=self.environment)
 
     async def is_ready(self) -> bool:
         try:

@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 
+from tests.faults.links import Link
 from tests.faults.parts import Part, Spell
 from tests.faults.population import UNKNOWN_SYMBOL, User
 from tests.faults.system import MARKET_SEED, System
@@ -43,6 +44,8 @@ class Asked:
     began_at: float
     ended_at: float
     problem: str
+    was_connected: bool = True
+    """False when the connection was refused: then nothing was asked yet."""
 
 
 @dataclass
@@ -50,6 +53,8 @@ class Readers:
     """Those who read, and what they found; times are of `time.monotonic`."""
 
     system: System
+    token_seconds: int = 60
+    """How long the readers' tokens are good."""
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     """Answers that were not right, in words."""
@@ -76,10 +81,10 @@ class Readers:
                 await self.ask(http, gateway, user, chance.choice(PATHS))
                 await asyncio.sleep(PAUSE_SECONDS)
 
-    async def ask(self, http: aiohttp.ClientSession, gateway: str, user: User, path: str) -> None:
-        """Ask one gateway for a user's portfolio, and judge the answer."""
+    async def ask(self, http: aiohttp.ClientSession, gateway: str, user: User, path: str) -> Asked | None:
+        """Ask one gateway for a user's portfolio, and judge the answer; return what went wrong on the way."""
         port = self.system.gateway_ports[gateway]
-        token = self.system.token(user.subject)
+        token = self.system.token(user.subject, lasts_seconds=self.token_seconds)
         floors = {symbol: self._newest[symbol] for symbol in user.shares if symbol in self._newest}
         began_at = time.monotonic()
         try:
@@ -89,25 +94,28 @@ class Readers:
                 text = await answer.text()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             problem = f"{type(error).__name__}: {error}"
-            self.unanswered.append(Asked(gateway, began_at, time.monotonic(), problem))
+            was_connected = not isinstance(error, aiohttp.ClientConnectorError)
+            failed = Asked(gateway, began_at, time.monotonic(), problem, was_connected)
+            self.unanswered.append(failed)
             self.counts["unanswered"] += 1
-            return
+            return failed
         ended_at = time.monotonic()
         self.slowest_seconds = max(self.slowest_seconds, ended_at - began_at)
         self.counts[str(answer.status)] += 1
         if answer.status in _REFUSALS:
             self.refused.append(Asked(gateway, began_at, ended_at, _title(text)))
             self.wrong += _ill_mannered(answer.status, answer.headers.get("Retry-After"), text)
-            return
+            return self.refused[-1]
         if answer.status != 200:
             self.wrong.append(f"{path} of {user.subject}: {answer.status} {text[:200]}")
-            return
+            return None
         body = json.loads(text, parse_float=Decimal, parse_int=Decimal)
         if path.startswith("/api/portfolio/current"):
             found = self._judge_current(body, user, user.orders_between(began_at, ended_at), floors)
         else:
             found = judge_chart(body, user)
         self.wrong += [f"{path} of {user.subject}: {each}" for each in found]
+        return None
 
     def _judge_current(self, body: Any, user: User, orders: range, floors: dict[str, datetime]) -> list[str]:
         found = judge_portfolio(body, user, orders)
@@ -139,10 +147,13 @@ class Readers:
         servers = self.system.servers
         found = []
         for asked in self.unanswered:
-            if not _disturbed([parts[asked.gateway]], asked):
+            way = [link for link in self.system.links if link.target == asked.gateway]
+            if not _disturbed([parts[asked.gateway], *way], asked):
                 found.append(f"{asked.gateway} gave no answer ({asked.problem})")
         for asked in self.refused:
-            if not _disturbed([parts[asked.gateway], *servers], asked) and not self._was_overloaded(asked):
+            links = [link for link in self.system.links if link.source == asked.gateway]
+            needed: list[Part | Link] = [parts[asked.gateway], *servers, *links]
+            if not _disturbed(needed, asked) and not self._was_overloaded(asked):
                 found.append(f"{asked.gateway} refused without need ({asked.problem})")
         return found
 
@@ -153,7 +164,7 @@ class Readers:
         )
 
 
-def _disturbed(parts: Sequence[Part], asked: Asked) -> bool:
+def _disturbed(parts: Sequence[Part | Link], asked: Asked) -> bool:
     return any(
         spell.overlaps(asked.began_at, asked.ended_at, after_seconds=RECOVERY_SECONDS_MAX)
         for part in parts

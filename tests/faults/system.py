@@ -8,8 +8,9 @@ import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 import asyncpg
@@ -17,9 +18,13 @@ import jwt
 
 from local.servers import joined_url, kept_secret, nats_cluster, replicate_synchronously
 from local.settings import ROOT, SIMULATED_KEYS, free_port
+from shared.clock import utc_now
 from tests.faults import audit
+from tests.faults.clocks import Clock
+from tests.faults.links import Link
 from tests.faults.parts import Nats, NatsMember, Part, Postgres, Replica, Service
 from tests.faults.population import UNKNOWN_SYMBOL, Population
+from tests.faults.proxy import proxied
 from tests.waiting import eventually
 
 REPLICAS = 2
@@ -28,6 +33,13 @@ SHARDS = 2
 LATE_SECONDS_MAX = 600
 MARKET_SEED = 7
 SERVICES = ("price_feeder", "snapshotter", "api_gateway")
+READER = "reader"
+TARGETS = {
+    "postgres": ("DATABASE_URL",),
+    "nats": ("NATS_URL",),
+    "market": ("ALPACA_DATA_URL", "ALPACA_BASE_URL", "ALPACA_STREAM_URL"),
+}
+"""What a service may have a link to, and the settings that lead there."""
 
 
 @dataclass
@@ -43,7 +55,18 @@ class System:
     services: dict[str, list[Service]]
     http: aiohttp.ClientSession
     gateway_ports: dict[str, int]
+    """Where readers ask; by way of a proxy if there are links."""
     jwt_secret: str
+    links: list[Link] = field(default_factory=list)
+    """Each passes through a proxy; none unless the options want them."""
+    clocks: dict[str, Clock] = field(default_factory=dict)
+    """Of PostgreSQL, the market and the services, by name; none unless the options want them."""
+    ahead: timedelta = timedelta(0)
+    """How far the system's time is ahead of that of this process."""
+
+    def now(self) -> datetime:
+        """Return the time of the system."""
+        return utc_now() + self.ahead
 
     @property
     def postgres(self) -> Postgres:
@@ -83,8 +106,16 @@ class System:
         """Return a bearer token that the gateways trust."""
         return jwt.encode({"sub": subject, "exp": int(time.time()) + lasts_seconds}, self.jwt_secret, "HS256")
 
+    def links_of(self, kind: str, target: str) -> list[Link]:
+        """Return the links from all replicas of a service, or from the readers to all replicas of one."""
+        return [link for link in self.links if link.joins(kind, target)]
+
     async def heal(self, parts: Iterable[Part] | None = None) -> None:
-        """Thaw what is frozen, and wait until everything is ready."""
+        """Thaw what is frozen, mend every link, set every clock right, and wait until everything is ready."""
+        for link in self.links:
+            await link.heal()
+        for clock in self.clocks.values():
+            clock.set_ahead(self.ahead)
         there = [part for part in parts or self.parts if not part.is_lost]
         for part in there:
             part.thaw()
@@ -105,6 +136,10 @@ class Options:
     postgres_replica: bool = False
     """Whether PostgreSQL has a synchronous streaming replica."""
     nats_nodes: int = 1
+    has_links: bool = False
+    """Whether every connection between two parts, and from the readers, passes through a proxy."""
+    clocks_ahead: timedelta | None = None
+    """How far the time of the system is ahead; None: nobody's clock can be set."""
 
 
 @asynccontextmanager
@@ -115,7 +150,10 @@ async def running(
     options = options or Options()
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession())
-        postgres_servers = await _postgres(folder, options, stack)
+        clocks = _clocks(folder / "clocks", options)
+        postgres_servers = await _postgres(
+            folder, options, clocks["postgres"].environment if clocks else {}, stack
+        )
         nats_servers = await _nats(folder, options, stack)
         postgres = postgres_servers[0]
         await asyncio.to_thread(_migrate, postgres.url)
@@ -128,6 +166,7 @@ async def running(
         database_url = _services_database_url(postgres_servers)
         environment = _common(database_url, nats_url, market_port, jwt_secret) | dict(options.environment)
         services, gateway_ports = _services(logs, options, http, environment)
+        links = await _link(stack, services, gateway_ports) if options.has_links else []
         market = Service(
             "market",
             module="services.market_simulator",
@@ -137,6 +176,9 @@ async def running(
             http=http,
             ready_path="healthz",
         )
+        for service in (market, *(each for replicas in services.values() for each in replicas)):
+            if clocks:
+                service.environment = {**service.environment, **clocks[service.name].environment}
         system = System(
             folder,
             population,
@@ -147,6 +189,9 @@ async def running(
             http,
             gateway_ports,
             jwt_secret,
+            links=links,
+            clocks=clocks,
+            ahead=options.clocks_ahead or timedelta(0),
         )
         stack.push_async_callback(_end, [system.market, *system.all_services])
         early = [system.market, *system.services["price_feeder"], *system.services["api_gateway"]]
@@ -175,10 +220,16 @@ async def _wait_for_prices(database_url: str, population: Population) -> None:
         await connection.close()
 
 
-async def _postgres(folder: Path, options: Options, stack: AsyncExitStack) -> list[Postgres]:
+async def _postgres(
+    folder: Path, options: Options, environment: Mapping[str, str], stack: AsyncExitStack
+) -> list[Postgres]:
     """Start PostgreSQL, and its replica if there is to be one."""
     primary = Postgres(
-        "postgres", folder=folder / "postgres", port=free_port(), settings=options.postgres_settings
+        "postgres",
+        folder=folder / "postgres",
+        port=free_port(),
+        settings=options.postgres_settings,
+        environment=environment,
     )
     await primary.start()
     stack.push_async_callback(primary.end)
@@ -248,6 +299,48 @@ def _services(
                 )
             )
     return services, gateway_ports
+
+
+def _clocks(folder: Path, options: Options) -> dict[str, Clock]:
+    """Return a clock for each part that can have one, by its name."""
+    if options.clocks_ahead is None:
+        return {}
+    services = [f"{kind}-{number}" for kind in SERVICES for number in range(1, options.replicas + 1)]
+    clocks = {name: Clock(folder / name) for name in ("postgres", "market", *services)}
+    for clock in clocks.values():
+        clock.set_ahead(options.clocks_ahead)
+    return clocks
+
+
+async def _link(
+    stack: AsyncExitStack, services: Mapping[str, Sequence[Service]], gateway_ports: dict[str, int]
+) -> list[Link]:
+    """Put a proxy between each service and what it connects to, and between the readers and each gateway."""
+    links: list[Link] = []
+    for kind, replicas in services.items():
+        for service in replicas:
+            changed = dict(service.environment)
+            for target, settings in TARGETS.items():
+                if target == "market" and kind != "price_feeder":
+                    continue
+                url = urlsplit(changed[settings[0]])
+                assert url.port is not None
+                proxy = await stack.enter_async_context(proxied(url.port, seed=len(links)))
+                links.append(Link(service.name, target, proxy))
+                for setting in settings:
+                    changed[setting] = _with_port(changed[setting], proxy.port)
+            service.environment = changed
+    for gateway, port in gateway_ports.items():
+        proxy = await stack.enter_async_context(proxied(port, seed=len(links)))
+        links.append(Link(READER, gateway, proxy))
+        gateway_ports[gateway] = proxy.port
+    return links
+
+
+def _with_port(url: str, port: int) -> str:
+    parts = urlsplit(url)
+    user, at, _ = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{user}{at}127.0.0.1:{port}"))
 
 
 def _common(database_url: str, nats_url: str, market_port: int, jwt_secret: str) -> dict[str, str]:

@@ -73,6 +73,16 @@ def no_newer_wins() -> None:
     queries.STORE_TRADES = changed
 
 
+def own_clock() -> None:
+    """Let each replica go by its own clock, however wrong it is."""
+    from shared.database_clock import DatabaseClock
+
+    def now(self: DatabaseClock) -> datetime:
+        return self._own()
+
+    DatabaseClock.now = now  # type: ignore[method-assign]
+
+
 # ---- deaths --------------------------------------------------------------------------------------
 
 
@@ -110,6 +120,7 @@ TAMPERINGS: dict[str, Callable[[], None]] = {
         lost_details,
         ack_first,
         no_newer_wins,
+        own_clock,
         die_before_acknowledging,
         die_before_publishing,
     )

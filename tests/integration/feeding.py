@@ -17,6 +17,7 @@ from services.price_feeder.market_data import MarketData
 from services.price_feeder.queries import cached_price
 from services.price_feeder.streaming import Streaming
 from shared.bus import Bus
+from shared.clock import Now, utc_now
 from shared.database import Database
 from shared.market_calendar import Calendar
 from shared.market_hours import MarketHours
@@ -76,6 +77,7 @@ async def feeding(
     symbols_max: int = 30,
     hours: MarketHours | None = None,
     holder: str = "tests",
+    now: Now = utc_now,
 ) -> AsyncIterator[Feeding]:
     """Lead from the beginning to the end of the block; the lease must be free."""
     lease = Lease(database, holder=holder)
@@ -88,9 +90,15 @@ async def feeding(
             connections = streams.connections(
                 url.replace("http", "ws", 1), "iex", api_key="key", secret_key="secret"
             )
-            streaming = Streaming(connections, feed="iex", symbols_max=symbols_max)
+            streaming = Streaming(connections, feed="iex", symbols_max=symbols_max, now=now)
             leading = Feed(
-                database, bus, market, lease, calendar=Calendar(hours or open_now()), streaming=streaming
+                database,
+                bus,
+                market,
+                lease,
+                calendar=Calendar(hours or open_now()),
+                streaming=streaming,
+                now=now,
             )
             if not begun.done():
                 begun.set_result(Feeding(database, leading, streaming, lease))

@@ -15,7 +15,18 @@ from tests.integration.fake_alpaca import FakeAlpaca, answers, hangs, running_fa
 from tests.integration.feeder_process import price_feeder
 from tests.waiting import eventually
 
-CHECKS = ("postgres", "schema", "nats", "lease", "prices", "rounds", "budget", "streams", "publishing")
+CHECKS = (
+    "postgres",
+    "schema",
+    "nats",
+    "clock",
+    "lease",
+    "prices",
+    "rounds",
+    "budget",
+    "streams",
+    "publishing",
+)
 
 
 @pytest.fixture

@@ -97,6 +97,21 @@ async def test_streamed_trades_reach_the_cache_and_then_the_bus(
     assert fed.statuses[-1].state == "stopped"
 
 
+async def test_whether_a_streamed_trade_is_from_the_future_is_judged_by_the_clock_of_all_replicas(
+    feeder: Feeder, market: SimulatedMarket
+) -> None:
+    """It is an hour ahead of this process, whose own clock would refuse the first trade and wait for the second."""
+    hour, second = timedelta(hours=1), timedelta(seconds=1)
+    async with feeder(now=lambda: utc_now() + hour) as fed:
+        await fed.streams("AAPL", "MSFT", "BTC/USD")
+        later = utc_now() + hour
+        await trade(market, "AAPL", "201", t=later.isoformat())
+        await fed.price_becomes("AAPL", "201.0000")
+        await trade(market, "AAPL", "999", t=(later + hour).isoformat())
+        await trade(market, "AAPL", "202", t=(later + second).isoformat())
+        await fed.price_becomes("AAPL", "202.0000")
+
+
 async def test_odd_lots_and_the_like_set_no_price(feeder: Feeder, market: SimulatedMarket) -> None:
     async with feeder() as fed:
         await fed.streams("AAPL", "MSFT", "BTC/USD")

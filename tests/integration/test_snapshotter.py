@@ -22,6 +22,7 @@ from services.snapshotter import queries, snapshots, timer
 from shared.bus import Bus, Outgoing
 from shared.clock import last_boundary, utc_now
 from shared.database import Database
+from shared.database_clock import DatabaseClock
 from shared.market_calendar import Calendar
 from shared.market_hours import MarketHours
 from shared.messages import SNAPSHOT_DUE, TIMER, SnapshotDue, SnapshotsTaken, Stream
@@ -583,6 +584,55 @@ async def test_slot_that_is_late_but_not_too_late_is_taken(
         timedelta(seconds=250),
         timedelta(seconds=30),
     ]
+
+
+async def test_slot_of_a_timer_an_hour_ahead_is_stored_by_nobody_also_not_by_itself(
+    database: Database, bus: Bus, client: Client
+) -> None:
+    await create_user(database, cash="5")
+    hour = timedelta(hours=1)
+    ahead = DatabaseClock(database, own=lambda: utc_now() + hour)
+    await ahead.read()
+    now = utc_now()
+    for at in (now + hour, now):
+        await bus.publish(timer.due(at, 0, 1))
+    stop = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(snapshots.run(database, bus, MINUTE, stop, now=ahead.now))
+        await eventually(lambda: stored(database))
+        await eventually(lambda: is_all_acknowledged(client))
+        stop.set()
+    assert [row[1] for row in await stored(database)] == [now]
+
+
+async def test_slots_that_a_clock_leapt_over_are_announced_when_it_has_gone_back(
+    bus: Bus, client: Client
+) -> None:
+    """The clock is set by hand: at six it leaps ahead to midnight, and from one to eight in the morning."""
+    hour = timedelta(hours=1)
+    five = datetime(2026, 3, 2, 5, tzinfo=UTC)
+    set_to, expected = [five], [five]
+    stop = asyncio.Event()
+
+    async def are_announced() -> bool:
+        return await announced_slots(client) == expected
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(timer.run(bus, hour, 1, stop, late_max=4 * hour, now=lambda: set_to[-1]))
+        await eventually(are_announced)
+        for hours, announced in (
+            (1, [1]),
+            (19, [16, 17, 18, 19]),  # what is older than four hours is given up
+            (20, [20]),
+            (3, [2, 3]),
+            (4, [4]),
+            (3, []),  # announced already
+            (5, [5]),
+        ):
+            set_to.append(five + hours * hour)
+            expected += [five + number * hour for number in announced]
+            await eventually(are_announced)
+        stop.set()
 
 
 async def test_garbage_and_late_messages_are_put_aside_and_the_next_one_is_taken(

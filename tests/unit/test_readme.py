@@ -68,7 +68,9 @@ def test_answers_of_the_readme_fit_the_contract(name: str, model: type[BaseModel
 
 def test_log_events_that_the_readme_names_are_logged() -> None:
     section = README.split("## When something is wrong")[1].split("\n## ")[0]
-    sources = "".join(path.read_text() for path in (ROOT / "services").rglob("*.py"))
+    sources = "".join(
+        path.read_text() for folder in ("services", "shared") for path in (ROOT / folder).rglob("*.py")
+    )
     events = set(re.findall(r"`([a-z]+_[a-z_]+)`", section)) - {"data_available"}
     assert events
     for event in events:

@@ -1,0 +1,146 @@
+"""Networks that are slow, cut connections or swallow everything, on each link in turn."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.faults import checker
+from tests.faults.links import Link, disturbed, kind_of
+from tests.faults.mix import Life
+from tests.faults.proxy import FAIR, Weather
+from tests.faults.readers import DEADLINE_SECONDS, LATE_SECONDS_MAX
+from tests.faults.rows.feeders import TAKEOVER_SECONDS_MAX, confirmed_at
+from tests.faults.rows.row import Row, next_slots, seconds_until
+from tests.faults.rows.servers import TASKS_MORE_MAX
+from tests.faults.system import READER, Options, System
+from tests.waiting import eventually
+
+HEALTHY_SECONDS_MAX = 5.0
+FILES_MORE_MAX = 40
+
+
+@dataclass(frozen=True)
+class _Fault:
+    name: str
+    weather: Weather
+    seconds: float
+    resets: bool = False
+
+
+LATENCY = _Fault("latency", Weather(latency_seconds=0.2, jitter_seconds=0.1), 4.0)
+RESETS = _Fault("resets", FAIR, 4.0, resets=True)
+BLACK_HOLE = _Fault("black hole", Weather(is_silent=True), 12.0)
+"""Longer than every deadline: of a request 5 s, of a statement 2 s, of a lease 10 s."""
+
+LINKS = (
+    ("api_gateway", "postgres"),
+    ("snapshotter", "postgres"),
+    ("price_feeder", "postgres"),
+    ("api_gateway", "nats"),
+    ("snapshotter", "nats"),
+    ("price_feeder", "nats"),
+    ("price_feeder", "market"),
+    (READER, "api_gateway"),
+)
+
+
+async def _every_link(system: System, life: Life) -> str:
+    seen = []
+    for kind, target in LINKS:
+        links = system.links_of(kind, target)
+        assert links, f"no link from {kind} to {target}"
+        for fault in (LATENCY, RESETS, BLACK_HOLE):
+            try:
+                seen.append(f"{kind} → {target}, {fault.name}: {await _endure(system, links, fault)}")
+            except AssertionError as error:
+                raise AssertionError(f"{kind} → {target}, {fault.name}: {error}") from error
+    slowest = life.readers.slowest_seconds
+    assert slowest <= DEADLINE_SECONDS + LATE_SECONDS_MAX, f"an answer after {slowest:.1f} s"
+    counts = dict(sorted(life.readers.counts.items()))
+    return "\n                 ".join([*seen, f"answers {counts}, the slowest after {slowest:.1f} s"])
+
+
+async def _endure(system: System, links: list[Link], fault: _Fault) -> str:
+    """Let the links of all replicas of a kind be disturbed; return what was seen."""
+    kind, target = kind_of(links[0].source), kind_of(links[0].target)
+    before = await checker.usage(system)
+    resets_before = _resets(links)
+    async with disturbed(links, fault.weather, resets=fault.resets):
+        until = time.monotonic() + fault.seconds
+        bytes_before = _bytes(links)
+        if fault is BLACK_HOLE and target == "postgres":
+            await _are_red_and_live(system, kind)
+        await asyncio.sleep(until - time.monotonic())
+        during = await checker.usage(system)
+        passed = _bytes(links) - bytes_before
+    for name, used in during.items():
+        assert used.tasks <= before[name].tasks + TASKS_MORE_MAX, f"{name} has {used.tasks} tasks"
+        assert used.files <= before[name].files + FILES_MORE_MAX, f"{name} has {used.files} files"
+    if fault is BLACK_HOLE:
+        assert passed == 0, f"{passed} bytes passed through a black hole"
+    else:
+        assert passed > 0, "nothing passed: the link is not what it should be"
+    resets = _resets(links) - resets_before
+    assert bool(resets) == fault.resets
+    seconds = await _seconds_to_health(system)
+    assert seconds <= HEALTHY_SECONDS_MAX, f"healthy after {seconds:.1f} s"
+    said = [f"healthy after {seconds:.1f} s", *([f"{resets} resets"] if resets else [])]
+    if kind == "price_feeder":
+        said.append(f"prices after {await _seconds_to_prices(system):.1f} s")
+    await next_slots(2)
+    return ", ".join(said)
+
+
+async def _are_red_and_live(system: System, kind: str) -> None:
+    services = system.services[kind]
+
+    async def are_red() -> bool:
+        return not any([await service.is_ready() for service in services])
+
+    await eventually(are_red, timeout=BLACK_HOLE.seconds)
+    for service in services:
+        status, _ = await service.ask("healthz")
+        assert status == 200, f"{service.name} is not live"
+
+
+async def _seconds_to_health(system: System) -> float:
+    async def are_ready() -> bool:
+        return all(await asyncio.gather(*(service.is_ready() for service in system.all_services)))
+
+    return await seconds_until(are_ready, 60)
+
+
+async def _seconds_to_prices(system: System) -> float:
+    """Wait for a price that is confirmed from now on; return how long that takes."""
+    before = await confirmed_at(system)
+
+    async def is_confirmed() -> bool:
+        return await confirmed_at(system) > before
+
+    seconds = await seconds_until(is_confirmed, 2 * TAKEOVER_SECONDS_MAX)
+    assert seconds <= TAKEOVER_SECONDS_MAX, f"prices after {seconds:.1f} s"
+    return seconds
+
+
+def _bytes(links: list[Link]) -> int:
+    return sum(link.proxy.bytes_there + link.proxy.bytes_back for link in links)
+
+
+def _resets(links: list[Link]) -> int:
+    return sum(link.proxy.resets for link in links)
+
+
+def _through_proxies(_: Path) -> Options:
+    return Options(has_links=True)
+
+
+ROWS = (
+    Row(
+        13,
+        "network latency, resets, black hole on any link",
+        f"TCP proxies on {len(LINKS)} kinds of links: 200 ms ± 100, resets, {BLACK_HOLE.seconds:g} s of silence",
+        _every_link,
+        _through_proxies,
+    ),
+)
