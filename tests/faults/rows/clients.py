@@ -75,16 +75,21 @@ QUICK_SECONDS = 0.5
 # ---- 20: slow and vanished clients ---------------------------------------------------------------
 
 
+Pair = tuple[int, int]
+"""The port of a gateway and that of its client, who may have the same one towards another gateway."""
+
+
 @dataclass
 class Bad:
     """The connections of clients that do not behave, by what is wrong with them."""
 
     sockets: dict[str, list[socket.socket]] = field(default_factory=dict)
-    ports: dict[str, set[int]] = field(default_factory=dict)
+    pairs: dict[str, set[Pair]] = field(default_factory=dict)
 
     def add(self, kind: str, connection: socket.socket) -> None:
         self.sockets.setdefault(kind, []).append(connection)
-        self.ports.setdefault(kind, set()).add(connection.getsockname()[1])
+        pair = connection.getpeername()[1], connection.getsockname()[1]
+        self.pairs.setdefault(kind, set()).add(pair)
 
     def close(self) -> None:
         for connections in self.sockets.values():
@@ -116,7 +121,7 @@ async def _slow_clients(system: System, life: Life) -> str:
         gone = await _seconds_until_gone(system, bad, began)
         after = await checker.usage(system)
         waited = max([await each.longest_wait() for each in hearing])
-        count = {kind: len(ports) for kind, ports in bad.ports.items()}
+        count = {kind: len(pairs) for kind, pairs in bad.pairs.items()}
 
     async def are_closed() -> bool:
         return await _open_streams(gateways) <= streams
@@ -199,26 +204,26 @@ async def _seconds_until_gone(system: System, bad: Bad, began: float) -> dict[st
 
     async def are_gone() -> bool:
         open_now = await asyncio.to_thread(_clients_of, system)
-        for kind, ports in bad.ports.items():
-            if kind not in gone and ports.isdisjoint(open_now):
+        for kind, pairs in bad.pairs.items():
+            if kind not in gone and pairs.isdisjoint(open_now):
                 gone[kind] = time.monotonic() - began
-        return len(gone) == len(bad.ports)
+        return len(gone) == len(bad.pairs)
 
     try:
         await eventually(are_gone, timeout=GONE_SECONDS_MAX, every=0.25)
     except AssertionError:
-        left = sorted(set(bad.ports) - set(gone))
-        raise AssertionError(f"{left} still have connections after {GONE_SECONDS_MAX:g} s") from None
+        open_now = _clients_of(system)
+        left = {kind: len(pairs & open_now) for kind, pairs in bad.pairs.items() if kind not in gone}
+        raise AssertionError(f"connections that are left after {GONE_SECONDS_MAX:g} s: {left}") from None
     return gone
 
 
-def _clients_of(system: System) -> set[int]:
-    """Return the ports of those who have a connection to a gateway."""
+def _clients_of(system: System) -> set[Pair]:
+    """Return which connections the gateways have."""
     found = set()
     for gateway in system.services["api_gateway"]:
         for each in psutil.Process(gateway.pids()[0]).net_connections("tcp"):
-            if each.laddr.port == system.gateway_ports[gateway.name]:
-                found.add(_port_of(each.raddr))
+            found.add((each.laddr.port, _port_of(each.raddr)))
     return found
 
 
@@ -242,8 +247,9 @@ class Watching:
 
     def vanish(self, bad: Bad) -> None:
         """Freeze it: its connections are there, and nobody is."""
-        ports = {each.laddr.port for each in psutil.Process(self.process.pid).net_connections("tcp")}
-        bad.ports.setdefault(VANISHED, set()).update(ports)
+        connections = psutil.Process(self.process.pid).net_connections("tcp")
+        pairs = {(_port_of(each.raddr), each.laddr.port) for each in connections}
+        bad.pairs.setdefault(VANISHED, set()).update(pairs)
         self.process.send_signal(signal.SIGSTOP)
 
     async def longest_wait(self) -> float:
