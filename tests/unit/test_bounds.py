@@ -191,9 +191,9 @@ def test_what_a_gateway_does_after_a_signal_fits_into_the_grace() -> None:
 def test_a_statement_fits_into_a_request_of_the_gateway() -> None:
     """With its wait for a connection, and its second try."""
     request = GATEWAY["request_timeout_seconds"].default
-    assert database.CONNECT_TIMEOUT_SECONDS + database.STATEMENT_TIMEOUT_SECONDS < request
-    assert keys.FETCH_TIMEOUT_SECONDS < request
-    assert refusals.HOLD_SECONDS_MAX < request
+    assert request > database.CONNECT_TIMEOUT_SECONDS + database.STATEMENT_TIMEOUT_SECONDS
+    assert request > keys.FETCH_TIMEOUT_SECONDS
+    assert request > refusals.HOLD_SECONDS_MAX
 
 
 def test_grace_of_a_service_fits_into_that_of_its_container() -> None:
