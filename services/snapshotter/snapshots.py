@@ -42,8 +42,8 @@ _WHY: dict[type[Exception], str] = {
     BusUnavailable: "NATS does not store",
 }
 _ADVICE = {
-    "PostgreSQL is away": "see /readyz and PostgreSQL; the slot waits until it is one interval old",
-    "the schema is missing": "run `alembic upgrade head`; the slot waits until it is one interval old",
+    "PostgreSQL is away": "see /readyz and PostgreSQL; the slot waits for SNAPSHOT_LATE_SECONDS_MAX",
+    "the schema is missing": "run `alembic upgrade head`; the slot waits for SNAPSHOT_LATE_SECONDS_MAX",
     "NATS does not store": "see /readyz and nats-server; the snapshots are stored, and are announced when it does",
 }
 

@@ -19,7 +19,8 @@ INTERVAL = timedelta(minutes=5)
 AHEAD = timedelta(days=7)
 """How far ahead there is room; should a slot be beyond it all the same, taking it makes the room."""
 SETTLED_AFTER = timedelta(minutes=10)
-"""A slot may be stored until one interval has passed, plus this, which is more than a statement may take."""
+"""Slots are mostly stored before one interval has passed, plus this, which is more than a statement may take. A later
+one, as SNAPSHOT_LATE_SECONDS_MAX may allow, reopens the history, and its day is rolled up again."""
 STEADY_FOR = timedelta(days=1)
 """How long the clock must have been steady before anything is dropped."""
 CLOCKS_APART_MAX = timedelta(minutes=1)

@@ -1,13 +1,18 @@
 """docs/bounds.md says what the code says, and waits fit into those of their callers."""
 
+import ast
 import importlib
 import re
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+from annotated_types import Le
 
+from services.api_gateway import app, keys, refusals
+from services.api_gateway.settings import Settings as GatewaySettings
 from services.price_feeder import calendar, feed, lease, market_data, outbox, refreshes, streams, transport
 from services.price_feeder.__main__ import DATABASE_CONNECTIONS, LEASE_CONNECTIONS
 from services.price_feeder.settings import Settings as FeederSettings
@@ -16,6 +21,7 @@ from shared import bus, database, health, lifecycle, requests
 from tests.unit.test_configuration_files import COMPOSE, SERVICES, settings_of
 
 ROOT = Path(__file__).parent.parent.parent
+GATEWAY = GatewaySettings.model_fields
 DOCUMENT = (ROOT / "docs" / "bounds.md").read_text()
 
 
@@ -49,15 +55,42 @@ def number(bound: str) -> float:
 
 
 def in_numbers(value: Any) -> set[float]:
-    """Return a constant as numbers that a reader may be told, a width of time in days as well."""
+    """Return a constant as numbers that a reader may be told, a width of time in hours and days as well."""
     if isinstance(value, timedelta):
-        return {value.total_seconds(), value / timedelta(days=1)}
+        return {value / unit for unit in (timedelta(seconds=1), timedelta(hours=1), timedelta(days=1))}
+    if isinstance(value, str):  # as PostgreSQL takes it
+        return {float(value.removesuffix("ms"))}
     return {float(value)}
 
 
+def value_of(where: str, name: str, part: str | None) -> Any:
+    """Return a constant of a module, or of a file that is no module; or a part of it."""
+    if where.endswith(".py"):
+        return literals(where)[name]
+    value = getattr(importlib.import_module(where), name)
+    if part is None:
+        return value
+    return value[part] if isinstance(value, dict) else getattr(value, part)
+
+
+def literals(file: str) -> dict[str, Any]:
+    """Return the constants of a file by their names, without running it."""
+    found: dict[str, Any] = {}
+    for statement in ast.parse((ROOT / file).read_text()).body:
+        if isinstance(statement, ast.Assign):
+            target, value = statement.targets[0], statement.value
+            pairs = [(target, value)]
+            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                pairs = list(zip(target.elts, value.elts, strict=True))
+            for name, each in pairs:
+                if isinstance(name, ast.Name) and isinstance(each, ast.Constant):
+                    found[name.id] = each.value
+    return found
+
+
 def test_document_is_read() -> None:
-    assert len(CONSTANTS) > 70
-    assert len(SETTINGS) > 5
+    assert len(CONSTANTS) > 200
+    assert len(SETTINGS) > 15
     for row in ROWS:
         assert all(row), row
         if row not in CONSTANTS and row not in SETTINGS:
@@ -66,26 +99,67 @@ def test_document_is_read() -> None:
 
 @pytest.mark.parametrize("row", CONSTANTS, ids=lambda row: row.set_in)
 def test_constant_of_the_document_is_that_of_the_code(row: Row) -> None:
-    found = re.fullmatch(r"`([a-z_.]+):([A-Za-z_]+)(?:\.([a-z_]+))?`", row.set_in)
+    found = re.fullmatch(r"`([a-z_./]+):([A-Za-z_]+)(?:\.([a-z_]+))?`", row.set_in)
     assert found, row
-    value = getattr(importlib.import_module(found[1]), found[2])
-    if found[3]:
-        value = value[found[3]]
-    assert number(row.bound) in in_numbers(value), row
+    assert number(row.bound) in in_numbers(value_of(*found.groups())), row
 
 
 @pytest.mark.parametrize("row", SETTINGS, ids=lambda row: row.set_in)
 def test_setting_of_the_document_has_that_default(row: Row) -> None:
     name = row.set_in.strip("`")
-    defaults = {
-        float(fields[name].default) for service in SERVICES if name in (fields := settings_of(service))
-    }
-    assert defaults == {number(row.bound)}
+    defaults = {fields[name].default for service in SERVICES if name in (fields := settings_of(service))}
+    assert defaults == {None if row.bound.startswith("unset: ") else number(row.bound)}
 
 
 def test_no_bound_is_named_twice() -> None:
     named = [row.set_in for row in (*CONSTANTS, *SETTINGS)]
     assert sorted(set(named)) == sorted(named)
+
+
+RANGES = {
+    *(
+        "services.admin.amounts:_SHOWN_LENGTH_MAX",
+        "services.price_feeder.transport:_PROBLEM_LENGTH_MAX",
+    ),  # of texts
+    *("services.admin.arguments:LIMIT_MAX", "services.admin.arguments:NUMBER_MAX"),  # of what may be given
+    *("services.admin.arguments:SUBJECT_LENGTH_MAX", "services.api_gateway.auth:SUBJECT_LENGTH_MAX"),
+    *("services.snapshotter.settings:MINUTES_MAX", "services.snapshotter.settings:SNAPSHOT_DAYS_MAX"),
+    *("services.snapshotter.settings:POSITION_DAYS_MAX", "services.snapshotter.settings:ROLLUP_DAYS_MAX"),
+    *("shared.messages:INTEGER_MAX", "shared.messages:BIGINT_MAX"),
+    "services.price_feeder.trades:_INSTANT_LENGTH_MAX",
+    "shared.market_hours:_CLOSED_DAYS_MAX",
+    "shared.messages:PRICES_BYTES_MAX",  # of the stream, which has a row
+}
+"""Constants that bound what a value may be; those of queues, waits and the like are in the document."""
+
+
+def test_every_constant_that_is_named_as_a_bound_is_in_the_document() -> None:
+    named = {row.set_in.strip("`") for row in CONSTANTS}
+    bounds = {
+        f"{module.__name__}:{name}"
+        for module in modules()
+        for name, value in vars(module).items()
+        if name.endswith("_MAX") and isinstance(value, int | float | timedelta) and is_made_in(module, name)
+    }
+    assert len(bounds) > 100
+    assert bounds - named == RANGES
+
+
+def modules() -> list[ModuleType]:
+    """Return all modules of the services and of what they share."""
+    files = [path for folder in ("services", "shared") for path in (ROOT / folder).rglob("*.py")]
+    names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files)
+    return [
+        importlib.import_module(name.removesuffix(".__init__"))
+        for name in names
+        if not name.startswith("services.market_simulator")  # which is no part of the product
+    ]
+
+
+def is_made_in(module: ModuleType, name: str) -> bool:
+    """Tell whether the module makes the constant, and does not import it."""
+    assert module.__file__
+    return re.search(rf"^(\w+, )*{name}\b.* = ", Path(module.__file__).read_text(), re.MULTILINE) is not None
 
 
 # ---- waits inside waits --------------------------------------------------------------------------
@@ -104,6 +178,22 @@ def test_what_a_snapshotter_does_after_a_signal_fits_into_the_grace() -> None:
     work = max(bus.FETCH_WAIT_SECONDS + snapshots.STOP_SECONDS_MAX, upkeep.STOP_SECONDS_MAX, answers)
     closing = health.STOP_SECONDS_MAX + bus.CLOSE_SECONDS_MAX + database.CLOSE_SECONDS_MAX
     assert work + closing < lifecycle.STOP_GRACE_SECONDS
+
+
+def test_what_a_gateway_does_after_a_signal_fits_into_the_grace() -> None:
+    """However long it drains, requests under way have a second, and all that it stands on is closed."""
+    drain = next(each.le for each in GATEWAY["gateway_drain_seconds"].metadata if isinstance(each, Le))
+    assert float(str(drain)) + 1 + app.CLOSE_SECONDS <= lifecycle.STOP_GRACE_SECONDS
+    closing = health.STOP_SECONDS_MAX + bus.CLOSE_SECONDS_MAX + 2 * database.CLOSE_SECONDS_MAX
+    assert closing <= app.CLOSE_SECONDS
+
+
+def test_a_statement_fits_into_a_request_of_the_gateway() -> None:
+    """With its wait for a connection, and its second try."""
+    request = GATEWAY["request_timeout_seconds"].default
+    assert request > database.CONNECT_TIMEOUT_SECONDS + database.STATEMENT_TIMEOUT_SECONDS
+    assert request > keys.FETCH_TIMEOUT_SECONDS
+    assert request > refusals.HOLD_SECONDS_MAX
 
 
 def test_grace_of_a_service_fits_into_that_of_its_container() -> None:
