@@ -63,9 +63,10 @@ async def test_any_interleaving_of_stream_and_polling_ends_with_the_newest_trade
             market.append(trade)
             on_the_way.append(trade)
         elif step == "hear" and on_the_way:
-            same = [each for each in on_the_way if each.traded_at_ns == on_the_way[0].traded_at_ns]
             # Out of order, but for trades of one instant, whose order is all that tells them apart.
-            conflation.take(symbol, on_the_way.pop(0 if len(same) > 1 else min(number, len(on_the_way) - 1)))
+            at_ns = on_the_way[min(number, len(on_the_way) - 1)].traded_at_ns
+            first = next(place for place, each in enumerate(on_the_way) if each.traded_at_ns == at_ns)
+            conflation.take(symbol, on_the_way.pop(first))
         elif step == "flush":
             await flush()
         elif step == "ask" and market:
