@@ -923,5 +923,22 @@ async def test_slot_that_overruns_its_interval_is_seen_and_said(
     assert counted(snapshots.shards_overran) == overran + 1
 
 
+async def test_slot_that_is_announced_again_long_after_it_was_stored_has_not_overrun(
+    database: Database, bus: Bus, client: Client
+) -> None:
+    """A timer that begins announces the last slot again, in case another one died over it."""
+    await create_user(database, cash="1")
+    at = utc_now() - 5 * MINUTE
+    await queries.take_snapshots(database, at, 0, 1)
+    due = timer.due(at, 0, 1)
+    with capture_logs() as logs:
+        async with snapshotter(database, bus, late_max=10 * MINUTE):
+            await bus.publish(due)
+            await eventually(lambda: is_all_acknowledged(client))
+    events = [line["event"] for line in logs]
+    assert "snapshots_taken" in events
+    assert "slot_overran" not in events
+
+
 def counted(counter: Counter) -> float:
     return next(sample.value for metric in counter.collect() for sample in metric.samples)
