@@ -839,6 +839,11 @@ async def test_dead_replicas_shard_is_taken_over(
         dying.cancel()
         with pytest.raises(asyncio.CancelledError):
             await dying
+
+        async def is_given_up() -> bool:
+            return not await is_held_up(database)
+
+        await eventually(is_given_up)  # nobody waits until the server has cut off its statement
     assert await stored(database) == []
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(snapshots.run(database, bus, MINUTE, stop, ack_wait_seconds=1))
