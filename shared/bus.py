@@ -357,9 +357,10 @@ class Bus:
                 if subscription is None:
                     subscription = await self._subscribe(stream, durable, ack_wait_seconds)
                     self._consumer_problem = None
-                messages = await subscription.fetch(1, timeout=FETCH_WAIT_SECONDS)
-            except TimeoutError:
-                continue
+                try:
+                    messages = await subscription.fetch(1, timeout=FETCH_WAIT_SECONDS)
+                except TimeoutError:  # nothing is to be done
+                    continue
             except FAILURES as error:
                 await self._lose(subscription)
                 subscription = None

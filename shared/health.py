@@ -1,7 +1,8 @@
 """Health of a process: `/healthz` (it runs), `/readyz` (what it needs answers), `/metrics` (Prometheus).
 
 A check finds something well, or degraded (the service does its work in spite of it), or failed (it cannot). `/metrics`
-says the same as `/readyz`, so that an alert needs nothing else, and the log says once what has failed and what to do.
+says the same as `/readyz`, so that an alert needs nothing else, and the log says once what has failed and what to do,
+also when nobody asks.
 """
 
 import asyncio
@@ -21,6 +22,8 @@ Check = Callable[[], Awaitable[str | None]]
 
 CHECK_TIMEOUT_SECONDS = 2.0
 REMEMBERED_SECONDS = 1.0
+LOOK_SECONDS = 5.0
+"""Between two looks of our own, so that the log does not depend on somebody who asks."""
 STOP_SECONDS_MAX = 1.0
 """What requests under way may still take at the end."""
 
@@ -118,6 +121,26 @@ class Reporting:
                 log.info("check_recovered", check=check)
 
 
+@asynccontextmanager
+async def _looking(known: Readiness, leaving: Callable[[], str | None]) -> AsyncIterator[None]:
+    """Ask the checks again and again while the block runs; what has just started is given time to connect first."""
+
+    async def look() -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            if not leaving():
+                await known.results()
+
+    task = asyncio.create_task(look())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+    if not task.cancelled():
+        task.result()  # it ends by a bug of a check alone, which must not stay unseen
+
+
 def _stays() -> str | None:
     return None
 
@@ -159,7 +182,7 @@ async def serving(
     schema: str,
     leaving: Callable[[], str | None] = _stays,
 ) -> AsyncIterator[None]:
-    """Serve the three routes while the block runs. Raises OSError when the port is taken."""
+    """Serve the three routes while the block runs, and look at the checks. Raises OSError when the port is taken."""
     known = Readiness(checks, Reporting().hear)
     vitals.describe(service, schema)
     with vitals.Vitals() as vital:
@@ -185,6 +208,7 @@ async def serving(
                 await site.start()
             except OSError as error:
                 raise OSError(error.errno, f"HEALTH_PORT {port} cannot be used: {error.strerror}") from error
-            yield
+            async with _looking(known, leaving):
+                yield
         finally:
             await runner.cleanup()

@@ -60,10 +60,10 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 tasks.create_task(calendar.keep(database, stop))
             tasks.create_task(shared_clock.keep(stop))
             tasks.create_task(requested.run(database, bus, settings.cooldown, stop, now=shared_clock.now))
-            tasks.create_task(upkeep.run(database, settings.upkeep, stop, troubles))
-            # Without it a wrong clock of this machine would say which slots are due.
+            # Without it a wrong clock of this machine would say which slots are due, and which are expired.
             if not await shared_clock.wait_until_known(stop):
                 return
+            tasks.create_task(upkeep.run(database, settings.upkeep, stop, troubles, now=shared_clock.now))
             tasks.create_task(
                 timer.run(
                     bus,

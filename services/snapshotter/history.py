@@ -249,11 +249,6 @@ async def steady_since(database: Database, now: datetime) -> datetime:
     return since
 
 
-async def database_clock(database: Database) -> datetime:
-    at: datetime = await database.fetch_value("SELECT clock_timestamp()")
-    return at
-
-
 # Positions go before their snapshots, and snapshots when every rollup has them.
 _EXPIRED = """
 SELECT name, ends_at

@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -34,7 +34,8 @@ STOP_SECONDS_MAX = 3.0
 TAKE_SECONDS_MIN, TAKE_SECONDS_MAX = 10.0, 120.0
 CLOCK_SKEW_MAX = timedelta(seconds=5)  # between two replicas that both go by the database's clock
 
-FAILURES_IN_A_ROW_MAX = 10
+FAILED_IN_A_ROW_MAX = 5
+"""Messages, however often each: more than may be poisonous at a time."""
 
 _WHY: dict[type[Exception], str] = {
     DatabaseUnavailable: "PostgreSQL is away",
@@ -85,8 +86,8 @@ async def run(
     A shard whose replica is silent for `ack_wait_seconds` is given to another. One that is older than `late_max`, one
     interval unless given, is skipped, and so is one that is not due yet by `now`, which all replicas should have alike.
     With `calendar`, slots outside its sessions are skipped, whoever announced them.
-    Ends by an error when FAILURES_IN_A_ROW_MAX messages in a row failed unexpectedly: it is then the process that is
-    ill, and not one of them.
+    Ends by an error when FAILED_IN_A_ROW_MAX different messages failed unexpectedly, and none was handled in between:
+    it is then the process that is ill, and not one of them.
     """
     worker = Worker(
         database, bus, interval, late_max or interval, stop, calendar, troubles or Troubles(interval), now
@@ -109,7 +110,8 @@ class Worker:
     calendar: Calendar | None
     troubles: Troubles
     now: Now
-    failures_in_a_row: int = 0
+    failed_in_a_row: set[datetime] = field(default_factory=set)
+    """When those messages were published that failed since one was handled."""
 
 
 async def _handle_each(worker: Worker, ack_wait_seconds: float) -> None:
@@ -131,7 +133,7 @@ async def _handle_or_give_back(worker: Worker, delivery: Delivery) -> None:
     try:
         await handle(worker, delivery)
     except Exception as error:
-        worker.failures_in_a_row += 1
+        worker.failed_in_a_row.add(delivery.published_at)
         shards_handled.labels("failed").inc()
         worker.troubles.happened("failed", f"a message was not handled: {type(error).__name__}")
         log.exception(
@@ -144,10 +146,10 @@ async def _handle_or_give_back(worker: Worker, delivery: Delivery) -> None:
             await delivery.put_aside(f"{type(error).__name__}: {error}", worker.stop)
         else:
             await delivery.postpone(RETRY_SECONDS)
-        if worker.failures_in_a_row >= FAILURES_IN_A_ROW_MAX:
+        if len(worker.failed_in_a_row) >= FAILED_IN_A_ROW_MAX:
             raise
     else:
-        worker.failures_in_a_row = 0
+        worker.failed_in_a_row.clear()
 
 
 async def handle(worker: Worker, delivery: Delivery) -> None:
@@ -171,7 +173,7 @@ async def handle(worker: Worker, delivery: Delivery) -> None:
     shards_handled.labels(outcome).inc()
     await delivery.acknowledge()
     late = worker.now() - due.scheduled_at
-    if outcome != "skipped" and late > worker.interval:
+    if outcome == "taken" and late > worker.interval:  # a duplicate was stored before
         shards_overran.inc()
         worker.troubles.happened("overran", f"slot {due.scheduled_at.isoformat()} overran its interval")
         log.warning(

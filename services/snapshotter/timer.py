@@ -18,6 +18,8 @@ from shared.messages import SNAPSHOT_DUE, TIMER, SnapshotDue
 RETRY_SECONDS = 1.0
 LEAPS_MAX = 16
 """Leaps ahead of the clock that are remembered, should it go back."""
+SESSIONS_COUNTED_MAX = 300
+"""Sessions whose missed slots are counted; there are more only if a clock leapt by more than a year."""
 
 slots_announced = Counter("snapshot_slots_announced", "Slots whose shards were all published as due")
 slots_missed = Counter("snapshot_slots_missed", "Slots that could not be published in time")
@@ -56,9 +58,11 @@ async def run(
     runs: deque[_Run] = deque(maxlen=LEAPS_MAX)
     before = await _last_announced(bus, stop) if late_max > interval else None
     if before is not None:
-        runs.append(_Run(before, before))
+        # Whoever announced it may have died between two of its shards: it is announced again while there is time.
+        last = before if now() - before >= late_max else before - interval
+        runs.append(_Run(last, last))
     async for reached in clock.aligned_ticks(interval, stop, now=now):
-        for scheduled_at in _slots(runs, reached, interval, now() - late_max):
+        for scheduled_at in _slots(runs, reached, interval, now() - late_max, calendar):
             was_resting, is_resting = is_resting, _rests(scheduled_at, calendar, said=is_resting)
             if was_resting and not is_resting:
                 log.info("snapshots_resumed", scheduled_at=scheduled_at.isoformat())
@@ -68,11 +72,17 @@ async def run(
                 troubles.happened("missed", f"slot {scheduled_at.isoformat()} was not announced")
 
 
-def _slots(runs: deque[_Run], reached: datetime, interval: timedelta, too_late: datetime) -> list[datetime]:
+def _slots(
+    runs: deque[_Run],
+    reached: datetime,
+    interval: timedelta,
+    too_late: datetime,
+    calendar: Calendar | None,
+) -> list[datetime]:
     """Return the slots after the one that was announced last and after `too_late`, up to `reached`, and note them.
 
     That one alone when none was announced, or when the clock went back to one that was. When it went back over a
-    leap ahead, the run before the leap goes on.
+    leap ahead, the run before the leap goes on. Those that are too late are missed, but for those that rest.
     """
     while runs and runs[-1].first > reached:
         runs.pop()
@@ -83,12 +93,13 @@ def _slots(runs: deque[_Run], reached: datetime, interval: timedelta, too_late: 
         return [reached]
     first = clock.next_boundary(runs[-1].last, interval)
     slot = max(first, clock.next_boundary(min(too_late, reached - interval), interval))
-    if missed := (slot - first) // interval:
+    missed, since = _missed(first, slot, interval, calendar)
+    if missed:
         slots_missed.inc(missed)
         log.error(
             "slots_missed",
             slots=missed,
-            first=first.isoformat(),
+            first=since.isoformat(),
             reason="nobody could announce them in time",
             advice="SNAPSHOT_LATE_SECONDS_MAX says how late a slot may be",
         )
@@ -96,6 +107,32 @@ def _slots(runs: deque[_Run], reached: datetime, interval: timedelta, too_late: 
     else:
         runs[-1].last = reached
     return [slot + number * interval for number in range((reached - slot) // interval + 1)]
+
+
+def _missed(
+    first: datetime, until: datetime, interval: timedelta, calendar: Calendar | None
+) -> tuple[int, datetime]:
+    """Return how many slots there are from `first` until before `until`, and the first of them.
+
+    With `calendar` those outside its sessions rest, and are not counted.
+    """
+    if calendar is None:
+        return (until - first) // interval, first
+    counted: list[tuple[int, datetime]] = []
+    slot = first
+    for _ in range(SESSIONS_COUNTED_MAX):
+        session = calendar.hours.last_session(slot)
+        if slot > session.closes_at:
+            session = calendar.hours.next_session(slot)
+            slot = clock.next_boundary(session.opens_at - timedelta.resolution, interval)
+        if slot >= until:
+            break
+        # The close is a slot of its session.
+        end = min(until, clock.next_boundary(session.closes_at, interval))
+        if slot < end:  # else the interval is so long that the session has none
+            counted.append(((end - slot) // interval, slot))
+            slot = end
+    return sum(slots for slots, _ in counted), counted[0][1] if counted else first
 
 
 async def _last_announced(bus: Bus, stop: asyncio.Event) -> datetime | None:

@@ -13,6 +13,7 @@ from services.snapshotter import history, queries
 from services.snapshotter.history import ROLLUPS, Rollup
 from services.snapshotter.troubles import Troubles
 from shared import clock, lifecycle, logs
+from shared.clock import Now
 from shared.database import Database, DatabaseUnavailable, SchemaMissing
 
 INTERVAL = timedelta(minutes=5)
@@ -23,7 +24,6 @@ SETTLED_AFTER = timedelta(minutes=10)
 one, as SNAPSHOT_LATE_SECONDS_MAX may allow, reopens the history, and its day is rolled up again."""
 STEADY_FOR = timedelta(days=1)
 """How long the clock must have been steady before anything is dropped."""
-CLOCKS_APART_MAX = timedelta(minutes=1)
 DROP_ATTEMPTS_MAX, DROP_RETRY_SECONDS = 20, 0.5
 STOP_SECONDS_MAX = 3.0
 
@@ -76,14 +76,22 @@ class Done:
 
 
 async def run(
-    database: Database, upkeep: Upkeep, stop: asyncio.Event, troubles: Troubles | None = None
+    database: Database,
+    upkeep: Upkeep,
+    stop: asyncio.Event,
+    troubles: Troubles | None = None,
+    *,
+    now: Now = clock.utc_now,
 ) -> None:
-    """Keep the history in order, beginning now and then every five minutes, until `stop` is set."""
+    """Keep the history in order, beginning now and then every five minutes, until `stop` is set.
+
+    What is due and expired is judged by `now`, which all replicas should have alike.
+    """
     was_held = False
 
     async def round_() -> None:
         nonlocal was_held
-        done = await _round(database, upkeep, stop)
+        done = await _round(database, upkeep, now(), stop)
         upkeep_failing.set(done is None)
         if troubles and done is None:
             troubles.begin("history", "the history is not kept up: see history_postponed in the log")
@@ -93,23 +101,14 @@ async def run(
             was_held = done.held
             log.info("retention_held" if was_held else "retention_resumed", steady_for=str(STEADY_FOR))
 
-    async for _ in clock.aligned_ticks(INTERVAL, stop):
+    async for _ in clock.aligned_ticks(INTERVAL, stop, now=now):
         await lifecycle.finish(round_(), stop, stop_seconds_max=STOP_SECONDS_MAX)
 
 
-async def _round(database: Database, upkeep: Upkeep, stop: asyncio.Event) -> Done | None:
+async def _round(database: Database, upkeep: Upkeep, now: datetime, stop: asyncio.Event) -> Done | None:
     """Return what was done; None when it could not be."""
     began = time.monotonic()
     try:
-        now = clock.utc_now()
-        apart = abs(now - await history.database_clock(database))
-        if apart > CLOCKS_APART_MAX:
-            log.warning(
-                "history_postponed",
-                reason=f"the database's clock is {apart} apart from ours",
-                advice="set the clocks of both machines by NTP",
-            )
-            return None
         done = await keep(database, upkeep, now, stop)
     except (DatabaseUnavailable, SchemaMissing) as error:
         log.warning("history_postponed", reason=str(error))

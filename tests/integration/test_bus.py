@@ -14,7 +14,7 @@ import nats
 import pytest
 from nats.js.api import ConsumerConfig
 
-from local.servers import nats_server
+from local.servers import nats_node, nats_server
 from shared.bus import Bus, Outgoing
 from shared.clock import utc_now
 from shared.messages import ALL_PRICES, FEED_STATUS, SNAPSHOT_DUE, TIMER, SnapshotDue
@@ -182,6 +182,30 @@ async def test_consumer_of_another_kind_is_a_problem_that_is_said(bus: Bus, nats
         await eventually(problem)
         stop.set()
     await client.close()
+
+
+async def test_consumer_that_the_server_does_not_make_is_a_problem_that_is_said(tmp_path: Path) -> None:
+    """It answers nothing at all, as here, where the user may not ask, or a cluster without a leader of consumers."""
+    user = (
+        'user: $NATS_USER, password: $NATS_PASSWORD, permissions: {publish: {deny: ["$JS.API.CONSUMER.>"]}}'
+    )
+    stop = asyncio.Event()
+
+    async def consume(unable: Bus) -> None:
+        async for delivery in unable.consume(TIMER, durable="refused", ack_wait_seconds=5, stop=stop):
+            await delivery.acknowledge()
+
+    with nats_node(tmp_path / "nats", f"authorization: {{users: [{{{user}}}]}}\n") as node:
+        async with Bus(node.url, name="tests") as unable, asyncio.TaskGroup() as tasks:
+            assert await asyncio.wait_for(unable.wait_until_ready(stop), 10)
+            assert await unable.check() is None
+            tasks.create_task(consume(unable))
+
+            async def is_said() -> bool:
+                return str(await unable.check()).startswith("consumer refused of TIMER: ")
+
+            await eventually(is_said, timeout=15)
+            stop.set()
 
 
 async def test_password_is_decoded_from_the_url(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -30,11 +30,12 @@ from shared.health import Degraded
 from shared.messages import DEAD_LETTERS, SNAPSHOT_DUE, TIMER, DeadLetter
 from tests.conftest import ROOT
 from tests.contract import validator
-from tests.factories import create_user
+from tests.factories import create_user, make_partitions
 from tests.integration.test_admin import Admin
 from tests.waiting import eventually
 
-MINUTE = timedelta(minutes=1)
+SECOND, MINUTE = timedelta(seconds=1), timedelta(minutes=1)
+SLOT = datetime(2026, 3, 2, 15, 0, tzinfo=UTC)
 
 
 @pytest.fixture
@@ -266,15 +267,43 @@ async def test_message_that_fails_unexpectedly_is_put_aside_with_the_error_and_c
     assert await bus.dead_letters() == []
 
 
+async def test_two_messages_that_fail_at_a_time_are_put_aside_and_the_process_goes_on(
+    database: Database, bus: Bus, client: Client
+) -> None:
+    """They are all that it works on, so that nothing is well between their failures."""
+    await create_user(database, cash="5")
+    await make_partitions(database, SLOT, SLOT)
+    poisonous = ", ".join(f"'{SLOT + number * SECOND}'" for number in range(2))
+    await database.fetch(
+        f"ALTER TABLE portfolio_snapshots ADD CONSTRAINT never CHECK (timestamp NOT IN ({poisonous})) NOT VALID"
+    )
+    for number in range(2):
+        await bus.publish(timer.due(SLOT + number * SECOND, 0, 1))
+
+    async def are_put_aside() -> bool:
+        return len(await bus.dead_letters()) == 2
+
+    stop = asyncio.Event()
+    with capture_logs() as logs:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(snapshots.run(database, bus, MINUTE, stop, now=lambda: SLOT + 5 * SECOND))
+            await eventually(are_put_aside, timeout=40)
+            await bus.publish(timer.due(SLOT + 2 * SECOND, 0, 1))
+            await eventually(lambda: snapshots_stored(database))
+            await eventually(all_answered(client))
+            stop.set()
+    assert len([line for line in logs if line["event"] == "snapshot_failed"]) == 10
+
+
 async def test_process_ends_when_it_fails_whatever_it_is_given(database: Database, bus: Bus) -> None:
-    """Ten failures in a row are no message's fault: its supervisor starts it anew."""
+    """Five messages in a row cannot all be at fault: its supervisor starts it anew."""
     await create_user(database, cash="5")
     await database.fetch(
         "ALTER TABLE portfolio_snapshots ADD CONSTRAINT never CHECK (total_value < 0) NOT VALID"
     )
     now = utc_now()
-    for shard in range(snapshots.FAILURES_IN_A_ROW_MAX):
-        await bus.publish(timer.due(now - timedelta(seconds=shard), 0, 1))
+    for number in range(snapshots.FAILED_IN_A_ROW_MAX):
+        await bus.publish(timer.due(now - timedelta(seconds=number), 0, 1))
     with capture_logs(), pytest.raises(ExceptionGroup) as ended:
         async with asyncio.timeout(60):
             await snapshots.run(database, bus, MINUTE, asyncio.Event())

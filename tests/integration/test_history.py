@@ -547,6 +547,25 @@ async def test_part_that_cannot_be_done_stops_no_other(database: Database, datab
     assert gauge(upkeep.rollup_lag, "30m") == gauge(upkeep.rollup_lag, "1d") == 0
 
 
+async def test_round_goes_by_the_clock_that_it_is_given_and_not_by_the_machines(database: Database) -> None:
+    """The replicas' clock says that it is a Wednesday in 2031."""
+    stop = asyncio.Event()
+    wednesday = datetime(2031, 3, 5, 23, 59, tzinfo=UTC)
+
+    async def is_seen() -> bool:
+        seen_at = await database.fetch_value("SELECT max(seen_at) FROM history_clock")
+        return bool(seen_at == wednesday)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(upkeep.run(database, UPKEEP, stop, now=lambda: wednesday))
+        await eventually(is_seen)
+        stop.set()
+    assert {name for name in await tables(database, "portfolio_snapshots") if "_2031" in name} == {
+        "portfolio_snapshots_20310303",
+        "portfolio_snapshots_20310310",
+    }
+
+
 # ---- rollups: in steps, by several, and cut off ----------------------------------------------------
 
 

@@ -570,6 +570,83 @@ async def test_with_room_for_late_slots_those_that_no_timer_announced_before_the
     assert await announced_slots(client) == [under_way - hours * interval for hours in (6, 3, 2, 1, 0)]
 
 
+async def test_slot_whose_timer_died_between_two_shards_is_announced_in_full_by_a_later_one(
+    bus: Bus, client: Client
+) -> None:
+    interval = timedelta(hours=1)
+    under_way = last_boundary(utc_now(), interval)
+    await bus.publish(timer.due(under_way - 2 * interval, 0, 2))
+    missed = counted(timer.slots_missed)
+    stop = asyncio.Event()
+
+    async def announced() -> list[tuple[datetime, int]]:
+        messages = (await client.jetstream().stream_info(TIMER.name)).state.messages
+        stored = [await client.jetstream().get_msg(TIMER.name, number + 1) for number in range(messages)]
+        due = [SnapshotDue.model_validate_json(message.data or b"") for message in stored]
+        return [(each.scheduled_at, each.shard) for each in due]
+
+    async def is_announced() -> bool:
+        return len(await announced()) >= 6
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(timer.run(bus, interval, 2, stop, late_max=10 * interval))
+        await eventually(is_announced)
+        stop.set()
+    # The stream has discarded the copy of shard 0 of the first one.
+    assert sorted(await announced()) == [
+        (under_way - hours * interval, shard) for hours in (2, 1, 0) for shard in (0, 1)
+    ]
+    assert counted(timer.slots_missed) == missed
+
+
+@pytest.mark.parametrize(
+    ("announced_last", "reached", "missed"),
+    [
+        # A session is from 14:30 to 21:00; from Friday to Monday there is none.
+        ("Fri 21:00", "Mon 14:30", None),
+        ("Fri 20:00", "Mon 15:00", (2, "Fri 20:30")),  # that and the close
+        ("Fri 20:00", "Mon 18:00", (7, "Fri 20:30")),  # and 14:30 to 16:30 of Monday
+        ("Sat 12:00", "Mon 18:00", (5, "Mon 14:30")),
+        ("Fri 15:00", "Tue 18:00", (31, "Fri 15:30")),  # 12 of Friday, 14 of Monday, 5 of Tuesday
+    ],
+)
+async def test_slots_that_rest_while_no_timer_runs_are_not_missed(
+    bus: Bus, client: Client, announced_last: str, reached: str, missed: tuple[int, str] | None
+) -> None:
+    """There is one every half hour, which may be late by less than an hour and a half."""
+    half_an_hour = timedelta(minutes=30)
+    days = {"Fri": "02-27", "Sat": "02-28", "Mon": "03-02", "Tue": "03-03"}
+
+    def at(text: str) -> datetime:
+        return datetime.strptime(f"2026-{days[text[:3]]} {text[4:]} +0000", "%Y-%m-%d %H:%M %z")
+
+    await bus.publish(timer.due(at(announced_last), 0, 1))
+    before = counted(timer.slots_missed)
+    stop = asyncio.Event()
+
+    async def is_announced() -> bool:
+        return at(reached) in await announced_slots(client)
+
+    with capture_logs() as logs:
+        async with asyncio.TaskGroup() as tasks:
+            running = timer.run(
+                bus,
+                half_an_hour,
+                1,
+                stop,
+                late_max=3 * half_an_hour,
+                calendar=Calendar(MarketHours()),
+                now=lambda: at(reached),
+            )
+            tasks.create_task(running)
+            await eventually(is_announced)
+            stop.set()
+    slots, first = missed or (0, "")
+    assert counted(timer.slots_missed) - before == slots
+    said = [(line["slots"], line["first"]) for line in logs if line["event"] == "slots_missed"]
+    assert said == ([(slots, at(first).isoformat())] if missed else [])
+
+
 async def test_slot_that_is_late_but_not_too_late_is_taken(
     database: Database, bus: Bus, client: Client
 ) -> None:
@@ -762,6 +839,11 @@ async def test_dead_replicas_shard_is_taken_over(
         dying.cancel()
         with pytest.raises(asyncio.CancelledError):
             await dying
+
+        async def is_given_up() -> bool:
+            return not await is_held_up(database)
+
+        await eventually(is_given_up)  # nobody waits until the server has cut off its statement
     assert await stored(database) == []
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(snapshots.run(database, bus, MINUTE, stop, ack_wait_seconds=1))
@@ -844,6 +926,23 @@ async def test_slot_that_overruns_its_interval_is_seen_and_said(
     ]
     assert said[0]["seconds"] >= 3
     assert counted(snapshots.shards_overran) == overran + 1
+
+
+async def test_slot_that_is_announced_again_long_after_it_was_stored_has_not_overrun(
+    database: Database, bus: Bus, client: Client
+) -> None:
+    """A timer that begins announces the last slot again, in case another one died over it."""
+    await create_user(database, cash="1")
+    at = utc_now() - 5 * MINUTE
+    await queries.take_snapshots(database, at, 0, 1)
+    due = timer.due(at, 0, 1)
+    with capture_logs() as logs:
+        async with snapshotter(database, bus, late_max=10 * MINUTE):
+            await bus.publish(due)
+            await eventually(lambda: is_all_acknowledged(client))
+    events = [line["event"] for line in logs]
+    assert "snapshots_taken" in events
+    assert "slot_overran" not in events
 
 
 def counted(counter: Counter) -> float:

@@ -10,9 +10,11 @@ from typing import Any
 
 import aiohttp
 import pytest
+from structlog.testing import capture_logs
 
 from shared import health
 from shared.vitals import LAG_LOOK_SECONDS
+from tests.waiting import eventually
 
 Check = Callable[[], Any]
 
@@ -82,6 +84,60 @@ async def test_failure_is_logged_once_with_advice_and_its_end_once(
     assert "away" in lines[0]
     assert [line for line in lines if "check_recovered" in line] == [lines[1]]
     assert len(lines) == 2
+
+
+async def test_what_fails_and_recovers_is_logged_although_nobody_asks(
+    unused_tcp_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(health, "REMEMBERED_SECONDS", 0.01)
+    problem, leaving, asked = "", "", 0
+
+    async def check() -> str | None:
+        nonlocal asked
+        asked += 1
+        return problem or None
+
+    async def is_said(*events: str) -> bool:
+        return [line["event"] for line in logs] == list(events)
+
+    with capture_logs() as logs:
+        async with health.serving(
+            "tests",
+            "127.0.0.1",
+            unused_tcp_port,
+            {"postgres": check},
+            schema="0009",
+            leaving=lambda: leaving or None,
+        ):
+            problem = "away"
+            await eventually(lambda: is_said("check_failed"))
+            problem = ""
+            await eventually(lambda: is_said("check_failed", "check_recovered"))
+            leaving, problem = "it is to stop", "away"  # what goes away now is no fault
+            asked_before = asked
+            await asyncio.sleep(0.2)
+            assert asked <= asked_before + 1  # the look that was under way
+    assert await is_said("check_failed", "check_recovered")
+
+
+async def test_check_that_breaks_ends_the_service_at_the_latest_when_it_stops(
+    unused_tcp_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "LOOK_SECONDS", 0.01)
+    broke = asyncio.Event()
+
+    async def breaks() -> str | None:
+        broke.set()
+        raise KeyError("a bug")
+
+    async def serve() -> None:
+        async with health.serving("tests", "127.0.0.1", unused_tcp_port, {"postgres": breaks}, schema="0009"):
+            await asyncio.wait_for(broke.wait(), 10)
+            await asyncio.sleep(0)
+
+    with pytest.raises(KeyError, match="a bug"):
+        await serve()
 
 
 async def test_check_that_hangs_holds_up_neither_readyz_nor_metrics(unused_tcp_port: int) -> None:
