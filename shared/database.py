@@ -191,6 +191,7 @@ class Database:
         self._idle = Deadlines(IDLE_SECONDS_MAX, self._end)
         self._clearing: set[asyncio.Task[None]] = set()
         self._cannot_write: str | None = None
+        self.watching: asyncio.Task[None] | None = None
 
     async def fetch(
         self, statement: str, *args: object, timeout: float | None = None
@@ -228,6 +229,7 @@ class Database:
 
         `work` sees to it that it takes no longer than `seconds_max`.
         """
+        self._see_to_watching()
         began_at = time.monotonic()
         try:
             try:
@@ -239,6 +241,10 @@ class Database:
                     return await self._attempt(work, time.monotonic())
         except Exception as error:
             self._raise(error)
+
+    def _see_to_watching(self) -> None:
+        if self.watching is not None and self.watching.done():
+            self.watching.result()  # it ends by a bug alone, which must not stay unseen
 
     async def _attempt(self, work: Callable[[Connection], Awaitable[T]], began_at: float) -> T:
         connection = await self._borrow(began_at)
@@ -395,6 +401,7 @@ class Database:
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """Hold a connection inside a transaction that commits at the end of the block."""
+        self._see_to_watching()
         try:
             connection, transaction = await self._begin()
             try:
@@ -594,12 +601,14 @@ async def connect(
             answer_seconds_max=answer_seconds_max,
         )
         _open_pools.add(database)
-        watching = asyncio.create_task(_watch(database, hosts)) if hosts.are_several else None
+        if hosts.are_several:
+            database.watching = asyncio.create_task(_watch(database, hosts))
         try:
             yield database
         finally:
             _open_pools.discard(database)
-            if watching is not None:
+            if (watching := database.watching) is not None:
+                database.watching = None
                 watching.cancel()
                 await asyncio.wait([watching])
             try:
