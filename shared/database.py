@@ -1,7 +1,6 @@
 """PostgreSQL: a pool as a context manager, deadlines on every statement, and what counts as unavailable."""
 
 import asyncio
-import re
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
@@ -103,7 +102,6 @@ _USELESS = (asyncpg.InternalClientError, asyncpg.ReadOnlySQLTransactionError)
 _CUT_OFF = (TimeoutError, asyncio.CancelledError)
 _CANNOT_WRITE = (asyncpg.ReadOnlySQLTransactionError, asyncpg.DiskFullError, asyncpg.PostgresSystemError)
 _SCHEMA_MISSING = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError)
-_WRITES = re.compile(r"\b(INSERT|UPDATE|DELETE)\b")
 # In metrics: the first that fits.
 _REASONS: tuple[tuple[str, tuple[type[Exception], ...]], ...] = (
     ("no_answer", (TimeoutError, asyncpg.QueryCanceledError)),
@@ -191,35 +189,27 @@ class Database:
         self._idle = Deadlines(IDLE_SECONDS_MAX, self._end)
         self._clearing: set[asyncio.Task[None]] = set()
         self._cannot_write: str | None = None
+        self.watching: asyncio.Task[None] | None = None
 
     async def fetch(
         self, statement: str, *args: object, timeout: float | None = None
     ) -> list[asyncpg.Record]:
         seconds = timeout or self._answer_seconds_max
-        rows = await self.run(lambda connection: connection.fetch(statement, *args, timeout=seconds), seconds)
-        if self._cannot_write is not None:
-            self._learn_of(statement)
-        return rows
+        return await self.run(lambda connection: connection.fetch(statement, *args, timeout=seconds), seconds)
 
     async def fetch_row(
         self, statement: str, *args: object, timeout: float | None = None
     ) -> asyncpg.Record | None:
         seconds = timeout or self._answer_seconds_max
-        row = await self.run(
+        return await self.run(
             lambda connection: connection.fetchrow(statement, *args, timeout=seconds), seconds
         )
-        if self._cannot_write is not None:
-            self._learn_of(statement)
-        return row
 
     async def fetch_value(self, statement: str, *args: object, timeout: float | None = None) -> Any:
         seconds = timeout or self._answer_seconds_max
-        value = await self.run(
+        return await self.run(
             lambda connection: connection.fetchval(statement, *args, timeout=seconds), seconds
         )
-        if self._cannot_write is not None:
-            self._learn_of(statement)
-        return value
 
     async def run(
         self, work: Callable[[Connection], Awaitable[T]], seconds_max: float = STATEMENT_TIMEOUT_SECONDS
@@ -228,6 +218,7 @@ class Database:
 
         `work` sees to it that it takes no longer than `seconds_max`.
         """
+        self._see_to_watching()
         began_at = time.monotonic()
         try:
             try:
@@ -239,6 +230,10 @@ class Database:
                     return await self._attempt(work, time.monotonic())
         except Exception as error:
             self._raise(error)
+
+    def _see_to_watching(self) -> None:
+        if self.watching is not None and self.watching.done():
+            self.watching.result()  # it ends by a bug alone, which must not stay unseen
 
     async def _attempt(self, work: Callable[[Connection], Awaitable[T]], began_at: float) -> T:
         connection = await self._borrow(began_at)
@@ -263,11 +258,6 @@ class Database:
         if named is error:
             raise error
         raise named from error
-
-    def _learn_of(self, statement: str) -> None:
-        """Learn that the statement went well: if it writes, writing is possible again."""
-        if _WRITES.search(statement):
-            self._cannot_write = None
 
     async def _borrow(self, began_at: float) -> Connection:
         """Wait for a turn, and return a connection; whoever gets it gives it back or passes it on."""
@@ -395,6 +385,7 @@ class Database:
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """Hold a connection inside a transaction that commits at the end of the block."""
+        self._see_to_watching()
         try:
             connection, transaction = await self._begin()
             try:
@@ -407,7 +398,6 @@ class Database:
             except BaseException as error:
                 await self._return_after(error, connection)
                 raise
-            self._cannot_write = None
             await self._give_back(connection)
         except Exception as error:
             self._raise(error)
@@ -464,7 +454,22 @@ class Database:
             return None
         if is_read_only:
             return "cannot write: the server is read-only"
+        if self._cannot_write is not None:
+            await self._try_to_write()
         return self._cannot_write and f"cannot write: {self._cannot_write}"
+
+    async def _try_to_write(self) -> None:
+        """See whether writing is possible again: a service that writes seldom would not learn of it for minutes."""
+        try:
+            await self.fetch(_WRITE, timeout=CHECK_TIMEOUT_SECONDS)
+        except DatabaseUnavailable as error:
+            self._cannot_write = str(error)
+        except asyncpg.InsufficientPrivilegeError:
+            self._cannot_write = (
+                None  # it may make no temporary tables: the next statement that writes will tell
+            )
+        else:
+            self._cannot_write = None
 
     async def check_schema(self) -> str | None:
         """Return None when the schema is at least the one that this code needs, else what is missing."""
@@ -482,6 +487,10 @@ class Database:
 
 
 _IS_READ_ONLY = "SELECT current_setting('transaction_read_only')::boolean"
+# A megabyte, so that it needs room on the disk and not only in a page that is there; nothing of it stays.
+_WRITE = """
+CREATE TEMPORARY TABLE room ON COMMIT DROP AS SELECT number FROM generate_series(1, 30000) AS number
+"""
 _open_pools: WeakSet[Database] = WeakSet()
 
 
@@ -594,12 +603,14 @@ async def connect(
             answer_seconds_max=answer_seconds_max,
         )
         _open_pools.add(database)
-        watching = asyncio.create_task(_watch(database, hosts)) if hosts.are_several else None
+        if hosts.are_several:
+            database.watching = asyncio.create_task(_watch(database, hosts))
         try:
             yield database
         finally:
             _open_pools.discard(database)
-            if watching is not None:
+            if (watching := database.watching) is not None:
+                database.watching = None
                 watching.cancel()
                 await asyncio.wait([watching])
             try:

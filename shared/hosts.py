@@ -176,7 +176,12 @@ class Hosts:
             return connection, standing
 
     async def _standing_of(self, connection: ServerConnection) -> Standing:
-        row = await connection.fetchrow(STANDING)
+        try:
+            row = await connection.fetchrow(STANDING)
+        except (
+            asyncpg.InterfaceError
+        ) as error:  # the driver's word for a connection that ended before it was used
+            raise ConnectionResetError(str(error)) from error
         assert row is not None
         standing = Standing(*row)
         if self._is_old(standing):

@@ -67,7 +67,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         ):
             if not settings.price_update_enabled:
                 log.warning("price_updates_disabled", setting="PRICE_UPDATE_ENABLED")
-                await stop.wait()
+                await shared_clock.keep(stop)
                 return
             await feed_prices(
                 settings, database, bus, lease, signals=signals, stop=stop, shared_clock=shared_clock

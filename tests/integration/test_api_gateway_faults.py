@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -53,14 +53,22 @@ async def gateway(own_postgres: Server) -> AsyncIterator[Gateway]:
 def frozen(server: Server) -> Iterator[None]:
     """Stop every process of the server where it is, without closing a connection."""
     parent = psutil.Process(server.process.pid)
-    processes = [parent, *parent.children(recursive=True)]
-    for process in processes:
-        process.send_signal(signal.SIGSTOP)
+    processes = [parent]
     try:
+        # First the one that starts the others, so that none is missed. A connection that was just closed may still be
+        # among them, and end by itself.
+        parent.suspend()
+        while parent.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+            time.sleep(0.001)
+        processes += parent.children(recursive=True)
+        for process in processes[1:]:
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
         yield
     finally:
         for process in processes:
-            process.send_signal(signal.SIGCONT)
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 def busy_tasks() -> list[str]:

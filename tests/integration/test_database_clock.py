@@ -3,10 +3,13 @@
 import asyncio
 from datetime import UTC, datetime, timedelta
 
+import pytest
 from structlog.testing import capture_logs
 
+from shared import database_clock, health
 from shared.database import Database
 from shared.database_clock import DatabaseClock
+from tests.waiting import eventually
 
 HOUR = timedelta(hours=1)
 CLOSE = timedelta(seconds=2)
@@ -40,6 +43,7 @@ async def test_clock_that_is_apart_is_said_once_and_noted_by_readiness(database:
     own = OwnClock()
     shared = DatabaseClock(database, own=own.now)
     with capture_logs() as logs:
+        await shared.read()
         assert await shared.check() is None
         own.ahead = -HOUR
         await shared.read()
@@ -59,6 +63,48 @@ async def test_time_goes_on_while_the_database_is_away(database: Database) -> No
     assert not await shared.read()
     assert await DatabaseClock(database).check() == "not compared with PostgreSQL's yet"
     assert abs(shared.now() - datetime.now(UTC)) < CLOSE
+
+
+async def test_readiness_asks_nothing(database: Database) -> None:
+    """It has two seconds for all its checks, and a reading may take more."""
+    assert await DatabaseClock(database).check() == "not compared with PostgreSQL's yet"
+    assert database.connections_open == 0
+
+
+async def test_what_a_connection_was_waited_for_spoils_no_reading(database: Database) -> None:
+    long_ones = [
+        asyncio.create_task(database.fetch("SELECT pg_sleep(1.2)")) for _ in range(database.connections_max)
+    ]
+    await asyncio.sleep(0)  # they have all turns
+    shared = DatabaseClock(database)
+    assert await shared.read()
+    assert abs(shared.now() - datetime.now(UTC)) < timedelta(seconds=0.5)
+    await asyncio.gather(*long_ones)
+
+
+async def test_clock_that_cannot_be_read_is_said_once_until_it_can(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, stop = DatabaseClock(database), asyncio.Event()
+    monkeypatch.setattr(database_clock, "RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(database_clock, "UNKNOWN_SECONDS_MAX", 0.2)
+
+    async def is_degraded() -> bool:
+        return isinstance(await shared.check(), health.Degraded)
+
+    async def is_known() -> bool:
+        return await shared.check() is None
+
+    with capture_logs() as logs, monkeypatch.context() as slow:
+        slow.setattr(database_clock, "ROUND_TRIP_SECONDS_MAX", 0.0)  # every answer takes longer
+        keeping = asyncio.create_task(shared.keep(stop))
+        await eventually(is_degraded)
+        assert await shared.check() == "PostgreSQL's clock cannot be read: the answer took 0.0 s"
+        slow.undo()
+        await eventually(is_known)
+        stop.set()
+        await keeping
+    assert [line["event"] for line in logs] == ["clock_unknown", "clock_known"]
 
 
 async def test_waiting_for_the_first_reading_ends_with_it_or_with_the_service(database: Database) -> None:

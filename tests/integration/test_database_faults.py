@@ -269,6 +269,34 @@ async def test_server_that_is_read_only_is_not_ready_and_heals(own_postgres: Ser
         assert await database.check() is None
 
 
+NO_ROOM = "DO $$ BEGIN RAISE 'could not extend file' USING ERRCODE = 'disk_full'; END $$"
+
+
+async def test_what_failed_to_be_written_is_held_against_the_database_no_longer_than_it_lasts(
+    own_postgres: Server,
+) -> None:
+    async with connected(own_postgres, connections_max=1) as database:
+        with pytest.raises(DatabaseUnavailable, match="could not extend file"):
+            await database.fetch(NO_ROOM)
+        assert await database.check() is None
+        assert await database.fetch_value("SELECT count(*) FROM pg_class WHERE relname = 'room'") == 0
+
+
+async def test_role_without_temporary_tables_is_checked_as_well(own_postgres: Server) -> None:
+    async with connected(own_postgres, connections_max=1) as database:
+        await database.fetch("REVOKE TEMPORARY ON DATABASE foliotick FROM PUBLIC")
+        await database.fetch("CREATE ROLE modest")
+        async with databases.connect(
+            own_postgres.url,
+            application_name="faults",
+            connections_max=1,
+            server_settings={"role": "modest"},
+        ) as modest:
+            with pytest.raises(DatabaseUnavailable, match="could not extend file"):
+                await modest.fetch(NO_ROOM)
+            assert await modest.check() is None
+
+
 async def is_written(database: Database) -> bool:
     with suppress(DatabaseUnavailable):
         await database.fetch("INSERT INTO written VALUES (1)")
@@ -299,11 +327,12 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def fill(disk: Path, *, leave_megabytes: int) -> Path:
-    ballast = disk / "ballast"
+def fill(disk: Path, *, leave_megabytes: int, name: str = "ballast") -> Path:
+    ballast = disk / name
     free = shutil.disk_usage(disk).free - leave_megabytes * 1024 * 1024
     with ballast.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, free)
+        if free > 0:
+            os.posix_fallocate(file.fileno(), 0, free)
     return ballast
 
 
@@ -323,20 +352,30 @@ async def test_full_disk_loses_nothing_and_all_goes_on_when_there_is_room(
         with postgres(folder, settings=settings) as server:
             async with connected(server, connections_max=2) as database:
                 await database.fetch(f"CREATE TABLESPACE small LOCATION '{disk / 'tables'}'")
+                await database.fetch("ALTER DATABASE foliotick SET temp_tablespaces = small")
                 await database.fetch("CREATE TABLE acknowledged (number INTEGER)")
                 await database.fetch("CREATE TABLE filler (text TEXT) TABLESPACE small")
                 await database.fetch("ALTER TABLE filler ALTER text SET STORAGE EXTERNAL")
-                ballast = fill(disk, leave_megabytes=1)
+                ballast = fill(disk, leave_megabytes=9)
+                more = fill(disk, leave_megabytes=1, name="more")
 
                 # No room for the rows of a table.
                 with pytest.raises(DatabaseUnavailable, match="No space left"):
                     await database.fetch(
                         "INSERT INTO filler SELECT repeat('x', 2000000) FROM generate_series(1, 2)"
                     )
-                assert "cannot write: could not extend file" in str(await database.check())
+                rest = fill(disk, leave_megabytes=0, name="rest")
+                async with connected(server, connections_max=1) as seldom:
+                    with pytest.raises(DatabaseUnavailable, match="No space left"):
+                        await seldom.fetch("CREATE TEMPORARY TABLE few AS SELECT 1")
+                    for _ in range(2):
+                        assert "cannot write: could not extend file" in str(await seldom.check())
+                    assert await seldom.fetch_value("SELECT 1") == 1
+                    more.unlink()
+                    rest.unlink()
+                    assert await seldom.check() is None  # it need not wait for the next work
                 assert await database.fetch_value("SELECT 1") == 1
                 await database.fetch("INSERT INTO acknowledged VALUES (0)")
-                assert await database.check() is None  # a write that went well
 
                 # No room for the log.
                 acknowledged: list[int] = []

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import psutil
@@ -17,7 +19,7 @@ import pytest
 from local.servers import Server, joined_url, postgres, promote, replica_of, replicate_synchronously
 from shared import database as databases
 from shared.database import Database, DatabaseUnavailable
-from shared.hosts import Address, addresses
+from shared.hosts import Address, Hosts, ServerConnection, addresses
 from tests.conftest import ROOT
 from tests.factories import create_user
 from tests.gateway import running
@@ -226,6 +228,54 @@ async def test_all_follow_although_the_primary_lives_on(pair: Pair) -> None:
         await followers.follow_since(time.monotonic())
         assert await port_of(followers.reads) == addresses(pair.replica.url)[0].port
         assert not await followers.lost()
+
+
+class HungUp(asyncpg.Connection):
+    """A connection whose server hangs up as soon as it has let us in, `times` times."""
+
+    times = 0
+
+    async def fetchrow(self, *args: Any, **options: Any) -> Any:
+        if HungUp.times > 0:
+            HungUp.times -= 1
+            with suppress(asyncpg.PostgresConnectionError):
+                await self.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+        return await super().fetchrow(*args, **options)
+
+
+async def test_server_that_hangs_up_as_soon_as_it_has_let_us_in_is_asked_again(database_url: str) -> None:
+    hosts = Hosts(of_two_names(database_url))
+
+    async def connect() -> ServerConnection:
+        return await hosts.connect(timeout=10, connection_class=HungUp)
+
+    HungUp.times = 1
+    with pytest.raises(ConnectionError, match="closed"):
+        await connect()  # it was just found
+    HungUp.times = 1
+    connection = await connect()  # it was known: another is looked for
+    assert HungUp.times == 0
+    assert await connection.fetchval("SELECT 1") == 1
+    await connection.close()
+
+
+async def test_end_of_the_watch_does_not_stay_unseen(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(databases, "WATCH_SECONDS", None)  # a bug
+    async with databases.connect(
+        of_two_names(database_url), application_name="watched", connections_max=1
+    ) as database:
+        await asyncio.sleep(0)
+        with pytest.raises(TypeError):
+            await database.fetch_value("SELECT 1")
+
+
+def of_two_names(url: str) -> str:
+    """Return the URL with its server in it twice."""
+    parts = urlsplit(url)
+    account, _, server = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{account}@{server},localhost:{parts.port}"))
 
 
 async def port_of(database: Database) -> int | None:
