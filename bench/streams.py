@@ -87,8 +87,12 @@ class _Ticks:
     async def publish(self, every_seconds: float, seconds: float, *, one_by_one: bool = False) -> float:
         """Publish for so long; return by how many milliseconds a batch was late, at worst."""
         batch, late_ms_max = 1 if one_by_one else len(self.symbols), 0.0
-        while seconds > 0:
-            part_seconds = min(seconds, STORED_SECONDS)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        for part in range(math.ceil(seconds / STORED_SECONDS)):
+            passed_seconds = part * STORED_SECONDS
+            await asyncio.sleep(began + passed_seconds - loop.time())
+            part_seconds = min(seconds - passed_seconds, STORED_SECONDS)
             published = await self.publisher.ask(
                 symbols=self.symbols,
                 batch=batch,
@@ -99,7 +103,6 @@ class _Ticks:
             )
             self.sequence += math.ceil(round(part_seconds / every_seconds) * batch / len(self.symbols))
             late_ms_max = max(late_ms_max, published["late_ms_max"])
-            seconds -= part_seconds
             await self._store()
         return late_ms_max
 
