@@ -34,7 +34,7 @@ NORMAL_SECONDS_MAX = 5.0
 NORMAL_TIMES_MAX = 3.0
 """A part of the time is normal when nobody is refused in it, and its p99 is at most so many times that of before."""
 _CURRENT = "/api/portfolio/current"
-_LAG = re.compile(r"^gateway_loop_lag_seconds (\S+)$", re.MULTILINE)
+_LAG = re.compile(r"^foliotick_event_loop_lag_seconds (\S+)$", re.MULTILINE)
 
 
 async def measure(server: Databases, size: Size, nats_url: str) -> Measured:

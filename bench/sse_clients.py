@@ -88,6 +88,10 @@ class Clients:
                     if _EVENT in event:
                         traded = map(_microseconds, _TRADED_AT.findall(event))
                         found += [(at_us - traded_us) / 1000 for traded_us in traded if traded_us >= began_us]
+        assert found, (
+            f"{len(self._clients)} clients have read {sum(client.events for client in self._clients)} events, "
+            "and in none a trade of this time: does the gateway hear the ticks, and believe them?"
+        )
         return {"seen": len(found), "p50": percentile(found, 0.50), "p99": percentile(found, 0.99)}
 
     def _connect(self, path: str, token: str) -> None:

@@ -1,7 +1,7 @@
 """Publishes ticks with bare nats-py, in batches as the feeder does: `python -m bench.tick_publisher NATS_URL`.
 
 Questions, one a line on stdin: `{"symbols": […], "batch": 500, "every_seconds": 0.25, "seconds": 9,
-"acknowledged": false}`.
+"first": 1, "acknowledged": false}`. A symbol's first tick has the sequence `first`, each further one the next number.
 With `acknowledged` each tick is published to JetStream and waited for, all of a batch at once, and the time at which
 the batch began stands in it, as `traded_at` and as `received_at`. Else it is handed to the server, which stores it
 too, and the time is its own.
@@ -11,7 +11,7 @@ import asyncio
 import sys
 import time
 from datetime import UTC, datetime
-from itertools import cycle, islice
+from itertools import count, islice
 from typing import Any
 
 import nats
@@ -25,7 +25,10 @@ WRITTEN_AT_ONCE = 32
 
 async def publish(client: Client, question: dict[str, Any]) -> dict[str, object]:
     js = client.jetstream(timeout=10)
-    symbols = cycle([(symbol, price_subject(symbol)) for symbol in question["symbols"]])
+    symbols = [(symbol, price_subject(symbol)) for symbol in question["symbols"]]
+    turns = (
+        (symbol, subject, sequence) for sequence in count(question["first"]) for symbol, subject in symbols
+    )
     every_seconds: float = question["every_seconds"]
     batches = round(question["seconds"] / every_seconds)
     used, began = time.process_time(), time.monotonic()
@@ -34,12 +37,14 @@ async def publish(client: Client, question: dict[str, Any]) -> dict[str, object]
         due = began + number * every_seconds
         await asyncio.sleep(max(0.0, due - time.monotonic()))
         late_seconds_max = max(late_seconds_max, time.monotonic() - due)
-        batch, at = islice(symbols, question["batch"]), datetime.now(UTC)
+        batch, at = islice(turns, question["batch"]), datetime.now(UTC)
         if question["acknowledged"]:
-            await asyncio.gather(*(js.publish(subject, _tick(symbol, at)) for symbol, subject in batch))
+            await asyncio.gather(
+                *(js.publish(subject, _tick(symbol, sequence, at)) for symbol, subject, sequence in batch)
+            )
         else:
-            for place, (symbol, subject) in enumerate(batch):
-                await client.publish(subject, _tick(symbol, datetime.now(UTC)))
+            for place, (symbol, subject, sequence) in enumerate(batch):
+                await client.publish(subject, _tick(symbol, sequence, datetime.now(UTC)))
                 if place % WRITTEN_AT_ONCE == 0:  # what the library has gathered is written meanwhile
                     await asyncio.sleep(0)
             await client.flush()
@@ -50,10 +55,8 @@ async def publish(client: Client, question: dict[str, Any]) -> dict[str, object]
     }
 
 
-def _tick(symbol: str, at: datetime) -> bytes:
-    # A number with gaps, but greater than that of every tick before, of whatever publisher.
-    sequence = int(at.timestamp() * 1000)
-    cents = 10_000 + (sequence // 250 * 7919 + len(symbol)) % 1000
+def _tick(symbol: str, sequence: int, at: datetime) -> bytes:
+    cents = 10_000 + (sequence * 7919 + len(symbol)) % 1000  # another price with every tick
     instant = at.isoformat().replace("+00:00", "Z")
     return (
         f'{{"symbol":"{symbol}","price":"{cents // 100}.{cents % 100:02}","traded_at":"{instant}",'

@@ -166,6 +166,7 @@ async def _bare(publisher: Helper, ears: Helper, symbols: list[str], ours: _Run,
             batch=ours.batch,
             every_seconds=seconds / ours.heard["batches"],
             seconds=seconds,
+            first=1,
             acknowledged=True,
         )
 

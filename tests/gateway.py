@@ -27,6 +27,8 @@ from shared.market_hours import MarketHours
 from tests.market import open_now
 from tests.waiting import eventually
 
+POOL = "tested_gateway"
+"""What its connections to PostgreSQL are called."""
 SECRET = "a secret of more than thirty-two bytes"
 
 
@@ -125,7 +127,7 @@ async def running(
     async with (
         databases.connect(
             database_url,
-            application_name="tests",
+            application_name=POOL,
             connections_max=loaded.gateway_database_connections,
             statement_timeout_seconds=databases.STATEMENT_TIMEOUT_SECONDS,
             server_settings=queries.SERVER_SETTINGS,

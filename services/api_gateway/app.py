@@ -9,7 +9,6 @@ from pathlib import Path
 from zoneinfo import ZoneInfo
 
 from aiohttp import web
-from prometheus_client import Gauge
 
 from services.api_gateway import charts, connections, live, openapi, pages, portfolio, refreshes, streams
 from services.api_gateway.admission import Admission
@@ -18,7 +17,6 @@ from services.api_gateway.charts import Charts, News
 from services.api_gateway.clients import Places
 from services.api_gateway.connections import Connections
 from services.api_gateway.edge import Edge
-from services.api_gateway.lag import LoopLag
 from services.api_gateway.leaving import Leaving
 from services.api_gateway.live import Live, Notifications
 from services.api_gateway.pace import Pace
@@ -31,8 +29,6 @@ from shared.bus import Bus
 from shared.database import Database
 from shared.lifecycle import STOP_GRACE_SECONDS
 from shared.market_calendar import Calendar
-
-connections_open = Gauge("gateway_database_connections", "Connections to PostgreSQL, by state", ["state"])
 
 
 @dataclass(frozen=True)
@@ -84,10 +80,6 @@ async def serving(
 ) -> AsyncIterator[Served]:
     """Serve the API while the block runs."""
     database = resources.database
-    connections_open.labels("in_use").set_function(
-        lambda: database.connections_open - database.connections_idle
-    )
-    connections_open.labels("idle").set_function(lambda: database.connections_idle)
     news = News()
     admission = Admission(settings.gateway_database_connections)
     rates = UserRates(settings.user_requests_per_second, settings.user_requests_burst)
@@ -146,8 +138,6 @@ async def serving(
         allowed_origins=frozenset(settings.cors_allowed_origins),
         leaving=leaving,
     )
-    lag = LoopLag()
-    lag.start()
     try:
         async with connections.serving(
             app,
@@ -159,7 +149,6 @@ async def serving(
         ) as port:
             yield Served(port, news, watched, notifications, leaving, checks)
     finally:
-        lag.stop()
         for episode in (admission.overload, rates.episode, connected.episode):
             episode.end()
 

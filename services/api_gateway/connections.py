@@ -22,6 +22,8 @@ LINGER_SECONDS = 0.5
 """How long an unwanted body is read and thrown away, so that its sender gets to see the answer."""
 WRITE_SECONDS_MAX = 10.0
 """How long a client may take to read its answer."""
+LAST_ANSWER_SECONDS = 0.5
+"""At the end, of the time in which requests are finished, the part for sending 503 to those that are not."""
 BACKLOG = 1024
 FILES_FOR_OTHERS = 256
 """Open files that are not connections of clients: to the database, to the bus, the health port, modules."""
@@ -158,11 +160,12 @@ class _Runner(web.AppRunner):
         )
         self._edge_around = edge_around
         self._connections = connections
+        self._finish_seconds_max = finish_seconds_max
         self._edge: Edge | None = None
 
     async def shutdown(self) -> None:
         assert self._edge is not None
-        self._edge.hold_nothing_back()
+        self._edge.close(self._finish_seconds_max - LAST_ANSWER_SECONDS)
         await super().shutdown()
 
     async def _make_server(self) -> web.Server:
@@ -190,7 +193,8 @@ async def serving(
 ) -> AsyncIterator[int]:
     """Serve the application while the block runs, and yield its port. Raises OSError when the port is taken.
 
-    At the end no new request is accepted, and those under way are finished, in `finish_seconds_max`.
+    At the end no new request is accepted, and those under way are finished, with 503 if need be, in
+    `finish_seconds_max`.
     """
     runner = _Runner(app, edge_around, connections, finish_seconds_max)
     await runner.setup()

@@ -114,6 +114,7 @@ class Edge:
 
     def __post_init__(self) -> None:
         self._in_flight = 0
+        self._is_closing = False
         self._holding = Holding(min(HOLD_SECONDS_MAX, self.timeout_seconds))
         self._heads: dict[tuple[Kind, str | None], str] = {}
         self._deadlines = Deadlines(self.timeout_seconds, _cut_off)
@@ -148,9 +149,11 @@ class Edge:
         )
         return response
 
-    def hold_nothing_back(self) -> None:
-        """Send the refusals that are held back, and from now on each at once."""
+    def close(self, seconds_max: float) -> None:
+        """Answer what is under way within so many seconds: 503 if need be, and what is refused at once."""
+        self._is_closing = True
         self._holding.release()
+        self._deadlines.end_within(seconds_max)
 
     def malformed(self, error: BaseException | None) -> web.Response:
         """Answer what could not be parsed as a request; nothing of it is repeated in the answer or the log."""
@@ -200,8 +203,11 @@ class Edge:
             is_ours = not self._deadlines.end(task)
             if isinstance(error, asyncio.CancelledError) and (not is_ours or task.uncancel() > 0):
                 raise
-            detail = f"There was no answer within {self.timeout_seconds:g} s. Try again soon."
-            problem, reason = Problem(problems.DEADLINE_EXCEEDED, detail), "deadline"
+            if self._is_closing:
+                reason, said = "stopped", "This gateway has stopped before there was an answer."
+            else:
+                reason, said = "deadline", f"There was no answer within {self.timeout_seconds:g} s."
+            problem = Problem(problems.DEADLINE_EXCEEDED, f"{said} Try again soon.")
         except Exception as error:
             log.error("request_failed", request_id=request_id, exc_info=error)
             detail = "The request_id of this answer finds the error in the log."

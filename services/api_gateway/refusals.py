@@ -54,9 +54,6 @@ class Bucket:
         self._full_at = full_at
         return 0.0
 
-    def is_full(self, now: float) -> bool:
-        return self._full_at <= now
-
 
 class Request(Protocol):
     """What was refused."""

@@ -177,14 +177,6 @@ class Reads:
             return None
         return health.Degraded(f"not used: {self._problem or 'it is not known yet'}")
 
-    @property
-    def connections_open(self) -> int:
-        return self._primary.connections_open + (self._replica.connections_open if self._replica else 0)
-
-    @property
-    def connections_idle(self) -> int:
-        return self._primary.connections_idle + (self._replica.connections_idle if self._replica else 0)
-
     # ---- watching ------------------------------------------------------------------------------------
 
     async def watch(self, replica: Database) -> None:

@@ -357,8 +357,10 @@ async def test_simulated_prices_are_said_so(
     async with demonstration(browser, database_url, bus) as visiting:
         await visiting.see("#connection-name", "Live")
         await expect(visiting.page.locator("#simulated")).to_be_hidden()
-        await set_price(database, "AAPL", "175.00", feed="simulated")
+        await trade(database, bus, "AAPL", "175.00", feed="simulated")
+        await expect(visiting.page.locator("#simulated")).to_be_visible()
         await visiting.page.reload()
+        await visiting.see("#connection-name", "Live")
         await expect(visiting.page.locator("#simulated")).to_be_visible()
 
 

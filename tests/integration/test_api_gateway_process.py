@@ -113,6 +113,8 @@ async def test_process_starts_answers_everything_and_ends_with_0(
         assert (await process.gateway.get(CURRENT, None)).status == 401
         metrics = (await process.health.get("/metrics", None)).text
         assert f'gateway_request_seconds_count{{route="{CURRENT}",status="200"}} 1.0' in metrics
+        assert 'database_connections{pool="api_gateway",state="idle"} ' in metrics
+        assert "\nfoliotick_event_loop_lag_seconds " in metrics
         assert psutil.Process(process.running.pid).memory_info().rss < 120 * 1024 * 1024
         assert await process.stop() == 0
     served = [line for line in process.lines() if line["event"] == "request_served"]

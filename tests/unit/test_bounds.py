@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 from annotated_types import Le
 
-from services.api_gateway import app, keys, refusals
+from services.api_gateway import app, connections, keys, refusals
 from services.api_gateway.settings import Settings as GatewaySettings
 from services.price_feeder import calendar, feed, lease, market_data, outbox, refreshes, streams, transport
 from services.price_feeder.__main__ import DATABASE_CONNECTIONS, LEASE_CONNECTIONS
@@ -182,6 +182,7 @@ def test_what_a_snapshotter_does_after_a_signal_fits_into_the_grace() -> None:
 
 def test_what_a_gateway_does_after_a_signal_fits_into_the_grace() -> None:
     """However long it drains, requests under way have a second, and all that it stands on is closed."""
+    assert connections.LAST_ANSWER_SECONDS <= 1 / 2
     drain = next(each.le for each in GATEWAY["gateway_drain_seconds"].metadata if isinstance(each, Le))
     assert float(str(drain)) + 1 + app.CLOSE_SECONDS <= lifecycle.STOP_GRACE_SECONDS
     closing = health.STOP_SECONDS_MAX + bus.CLOSE_SECONDS_MAX + 2 * database.CLOSE_SECONDS_MAX

@@ -38,6 +38,31 @@ async def test_ended_wait_does_not_expire_and_the_later_ones_still_do() -> None:
     assert not deadlines.end("kept")
 
 
+async def test_waits_can_all_be_made_shorter_and_none_longer() -> None:
+    expired: list[tuple[str, float]] = []
+    started = time.monotonic()
+    deadlines: Deadlines[str] = Deadlines(60, lambda key: expired.append((key, time.monotonic() - started)))
+    deadlines.start("first")
+    deadlines.start("second")
+    deadlines.end_within(0.1)
+    deadlines.start("later")
+    deadlines.end_within(30)
+
+    async def three_have_expired() -> bool:
+        return len(expired) == 3
+
+    await eventually(three_have_expired)
+    assert [key for key, _ in expired] == ["first", "second", "later"]
+    assert min(after for _, after in expired) >= 0.1
+    deadlines.end_within(0)
+    deadlines.start("too late")
+
+    async def fourth_has_expired() -> bool:
+        return len(expired) == 4
+
+    await eventually(fourth_has_expired)
+
+
 async def test_wait_begun_after_all_others_ended_expires_too() -> None:
     expired = asyncio.Event()
     deadlines: Deadlines[str] = Deadlines(0.05, lambda _: expired.set())
