@@ -135,8 +135,9 @@ class Following:
         assert await self.reads.check() is None
 
     async def lost(self) -> set[str]:
+        acknowledged = set(self.writer.acknowledged)  # which goes on writing meanwhile
         stored = {row["subject"] for row in await self.reads.fetch("SELECT subject FROM users")}
-        return set(self.writer.acknowledged) - stored
+        return acknowledged - stored
 
 
 @asynccontextmanager
