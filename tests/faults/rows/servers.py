@@ -8,8 +8,7 @@ from tests.faults import checker
 from tests.faults.mix import Life
 from tests.faults.parts import frozen
 from tests.faults.readers import DEADLINE_SECONDS, LATE_SECONDS_MAX
-from tests.faults.rows.feeders import confirmed_at
-from tests.faults.rows.row import Row, next_slots, seconds_until, session
+from tests.faults.rows.row import Row, confirmed_at, next_slots, seconds_to_health, session
 from tests.faults.system import System
 from tests.waiting import eventually
 
@@ -17,15 +16,6 @@ HEALTHY_SECONDS_MAX = 3.0
 FROZEN_SECONDS = 12.0
 TASKS_MORE_MAX = 40
 """Requests that wait for a frozen server, of the readers there are."""
-
-
-async def _seconds_to_health(system: System) -> float:
-    """Return how long it takes from now until all services are ready."""
-
-    async def are_ready() -> bool:
-        return all(await asyncio.gather(*(service.is_ready() for service in system.all_services)))
-
-    return await seconds_until(are_ready, 60)
 
 
 async def _postgres_restarts(system: System, life: Life) -> str:
@@ -36,7 +26,7 @@ async def _postgres_restarts(system: System, life: Life) -> str:
         else:
             system.postgres.kill()
         await system.postgres.wait_until_ready()
-        seconds = await _seconds_to_health(system)
+        seconds = await seconds_to_health(system, 60)
         assert seconds <= HEALTHY_SECONDS_MAX, f"healthy {seconds:.1f} s after it was back ({what})"
         seen.append(f"{what}: healthy {seconds:.1f} s after its return")
         await next_slots(2)
@@ -59,7 +49,7 @@ async def _postgres_frozen(system: System, life: Life) -> str:
             assert status == 200, f"{gateway.name} is not live"
         await asyncio.sleep(until - time.monotonic())
         during = await checker.usage(system)
-    seconds = await _seconds_to_health(system)
+    seconds = await seconds_to_health(system, 60)
     assert seconds <= HEALTHY_SECONDS_MAX, f"healthy {seconds:.1f} s after it went on"
     slowest = life.readers.slowest_seconds
     assert slowest <= DEADLINE_SECONDS + LATE_SECONDS_MAX, f"an answer after {slowest:.1f} s"
@@ -99,7 +89,7 @@ async def _nats_away(system: System, life: Life) -> str:
             await system.nats.terminate(signal.SIGTERM)
         assert await confirmed_at(system) > before or what != "frozen", "prices were not written meanwhile"
         await system.nats.wait_until_ready()
-        seconds = await _seconds_to_health(system)
+        seconds = await seconds_to_health(system, 60)
         assert seconds <= HEALTHY_SECONDS_MAX, f"healthy {seconds:.1f} s after it was {what}"
         seen.append(f"{what}: healthy {seconds:.1f} s after its return")
         await next_slots(2)
