@@ -3,6 +3,8 @@
 import asyncio
 import signal
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from tests.faults import checker
 from tests.faults.mix import Life
@@ -14,8 +16,14 @@ from tests.waiting import eventually
 
 HEALTHY_SECONDS_MAX = 3.0
 FROZEN_SECONDS = 12.0
-TASKS_MORE_MAX = 40
-"""Requests that wait for a frozen server, of the readers there are."""
+CROWD = 200
+"""Clients besides the usual ones; each asks either gateway, and again when it is refused."""
+TASKS_OF_A_CLIENT = 2
+"""Its connection, and its request."""
+FEW = 40
+"""Tasks and files more for the usual readers, and streams that are opened again."""
+REFUSED_MIN = TASKS_OF_A_CLIENT * CROWD + 2 * FEW
+"""By each gateway, on the average: if each left a task behind, there would be too many."""
 
 
 async def _postgres_restarts(system: System, life: Life) -> str:
@@ -37,8 +45,9 @@ async def _postgres_restarts(system: System, life: Life) -> str:
 async def _postgres_frozen(system: System, life: Life) -> str:
     gateways = system.services["api_gateway"]
     before = await checker.usage(system)
-    async with frozen(system.postgres):
+    async with frozen(system.postgres), _crowd(life):
         until = time.monotonic() + FROZEN_SECONDS
+        refused = len(life.readers.refused)
 
         async def are_red() -> bool:
             return not any([await gateway.is_ready() for gateway in gateways])
@@ -49,17 +58,36 @@ async def _postgres_frozen(system: System, life: Life) -> str:
             assert status == 200, f"{gateway.name} is not live"
         await asyncio.sleep(until - time.monotonic())
         during = await checker.usage(system)
+        refused = len(life.readers.refused) - refused
     seconds = await seconds_to_health(system, 60)
     assert seconds <= HEALTHY_SECONDS_MAX, f"healthy {seconds:.1f} s after it went on"
     slowest = life.readers.slowest_seconds
     assert slowest <= DEADLINE_SECONDS + LATE_SECONDS_MAX, f"an answer after {slowest:.1f} s"
-    for name, used in during.items():
-        assert used.tasks <= before[name].tasks + TASKS_MORE_MAX, f"{name} has {used.tasks} tasks"
-        assert used.files <= before[name].files + TASKS_MORE_MAX, f"{name} has {used.files} files"
+    assert refused >= len(gateways) * REFUSED_MIN, f"only {refused} refused: that is no crowd"
+    for service in system.all_services:
+        connected = CROWD if service in gateways else 0
+        tasks, files = (getattr(during[service.name], what) for what in ("tasks", "files"))
+        tasks_max = before[service.name].tasks + TASKS_OF_A_CLIENT * connected + FEW
+        assert tasks <= tasks_max, f"{service.name} has {tasks} tasks, more than {tasks_max}"
+        files_max = before[service.name].files + connected + FEW
+        assert files <= files_max, f"{service.name} has {files} files, more than {files_max}"
+    most = max(during[gateway.name].tasks for gateway in gateways)
     return (
-        f"ready red, live green, {len(life.readers.refused)} refused, the slowest after {slowest:.1f} s; "
-        f"healthy {seconds:.1f} s after it went on"
+        f"ready red, live green, {refused} refused, the slowest after {slowest:.1f} s, {most} tasks at most for "
+        f"{CROWD} clients; healthy {seconds:.1f} s after it went on"
     )
+
+
+@asynccontextmanager
+async def _crowd(life: Life) -> AsyncIterator[None]:
+    """Let many more read while the block runs: each that is refused asks again at once."""
+    stop = asyncio.Event()
+    reading = asyncio.create_task(life.readers.run(CROWD, stop, CROWD))
+    try:
+        yield
+    finally:
+        stop.set()
+        await reading
 
 
 async def _backends_terminated(system: System, life: Life) -> str:
