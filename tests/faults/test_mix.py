@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tests.faults import mix, population, system
 
-SEED = 20
+SEED = 30
 ACTS = 12
 SECONDS = 20.0
 
