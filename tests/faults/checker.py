@@ -50,6 +50,14 @@ SELECT users.id, cash_balance, ticker, shares
 FROM users
 LEFT JOIN positions ON positions.user_id = users.id
 """
+_OPEN_CONNECTIONS = """
+SELECT application_name, count(*)
+FROM pg_stat_activity
+WHERE backend_type = 'client backend'
+GROUP BY application_name
+"""
+LISTENERS = "api_gateway_listens"
+"""The name of the one connection of a gateway that is in no pool."""
 
 
 @dataclass(frozen=True)
@@ -313,30 +321,45 @@ class Usage:
     tasks: int
     threads: int
     files: int
+    connections: int
+    """To PostgreSQL."""
     memory_mb: float
 
 
 async def usage(system: System) -> dict[str, Usage]:
-    """Return what each service that runs uses now, by its name."""
-    return {service.name: await _usage(service) for service in system.all_services if service.pids()}
+    """Return what each service uses now, by its name, of those that say so."""
+    found = {service.name: await usage_of(service) for service in system.all_services}
+    return {name: used for name, used in found.items() if used is not None}
 
 
-async def _usage(service: Service) -> Usage:
-    process = psutil.Process(service.pids()[0])
-    _, text = await service.ask("metrics")
-    return Usage(
-        tasks=int(_metric(text, "foliotick_tasks") or 0),
-        threads=process.num_threads(),
-        files=process.num_fds(),
-        memory_mb=process.memory_info().rss / 1e6,
-    )
+async def usage_of(service: Service) -> Usage | None:
+    """Return what a service uses now; None when it does not say."""
+    status, text = await service.ask("metrics")
+    try:
+        process = psutil.Process(service.pids()[0])
+        return (
+            Usage(
+                tasks=int(sum(_samples(text, "foliotick_tasks").values())),
+                threads=process.num_threads(),
+                files=process.num_fds(),
+                connections=int(sum(_samples(text, "database_connections").values())),
+                memory_mb=process.memory_info().rss / 1e6,
+            )
+            if status == 200
+            else None
+        )
+    except (IndexError, psutil.NoSuchProcess):  # it has ended meanwhile
+        return None
 
 
-def _metric(text: str, name: str) -> float | None:
+def _samples(text: str, metric: str) -> dict[str, float]:
+    """Return the samples of a metric by their labels."""
+    found = {}
     for line in text.splitlines():
-        if line.startswith(f"{name} "):
-            return float(line.split()[1])
-    return None
+        name, _, value = line.rpartition(" ")
+        if name.partition("{")[0] == metric:
+            found[name.removeprefix(metric)] = float(value)
+    return found
 
 
 async def grown(system: System, before: Mapping[str, Usage]) -> list[str]:
@@ -348,16 +371,16 @@ async def grown(system: System, before: Mapping[str, Usage]) -> list[str]:
             each
             for service in system.all_services
             if service.name in before and service.pids()
-            for each in _grown(service.name, before[service.name], await _usage(service))
+            for each in _grown(service.name, before[service.name], await usage_of(service))
         ]
         if not found:
             break
         await asyncio.sleep(1)
     connection = await asyncpg.connect(system.database_url)
     try:
-        await eventually(lambda: _are_few(connection, system), timeout=30)
-    except AssertionError:
-        found.append("connections to PostgreSQL that no service has")
+        await eventually(lambda: _are_allowed(connection, system), timeout=30)
+    except AssertionError as error:
+        found.append(f"connections to PostgreSQL that no service may have: {error.__cause__ or error}")
     finally:
         await connection.close()
     running = {child.pid for child in psutil.Process().children()}
@@ -378,7 +401,9 @@ def _of_any_replica(system: System, used: Mapping[str, Usage]) -> dict[str, Usag
     return most
 
 
-def _grown(name: str, before: Usage, now: Usage) -> list[str]:
+def _grown(name: str, before: Usage, now: Usage | None) -> list[str]:
+    if now is None:
+        return [f"{name} does not say what it uses"]
     found = []
     for what in ("tasks", "threads", "files"):
         least, most = getattr(before, what), getattr(now, what)
@@ -397,13 +422,32 @@ def _is_of(pid: int, system: System) -> bool:
         return False
 
 
-async def _are_few(connection: "asyncpg.Connection[asyncpg.Record]", system: System) -> bool:
-    """Tell whether no more connections are open than the services' pools may have."""
-    open_now = await connection.fetchval(
-        "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
-    )
-    most = 1 + sum(
-        {"price_feeder": 4 + 2, "snapshotter": 12, "api_gateway": 10 + 2}[kind] * len(replicas)
-        for kind, replicas in system.services.items()
-    )
-    return bool(open_now <= most)
+async def _are_allowed(connection: "asyncpg.Connection[asyncpg.Record]", system: System) -> bool:
+    """Check that no name has more connections open than all pools of that name may have together."""
+    allowed = {
+        "": 1,  # of this process
+        LISTENERS: len(system.services["api_gateway"]),
+    } | await _pools(system)
+    open_now = {row["application_name"]: row["count"] for row in await connection.fetch(_OPEN_CONNECTIONS)}
+    too_many = beyond(open_now, allowed)
+    assert not too_many, "; ".join(too_many)
+    return True
+
+
+async def _pools(system: System) -> dict[str, int]:
+    """Return how many connections the pools of all services may have, by the name that PostgreSQL knows them by."""
+    allowed: Counter[str] = Counter()
+    for service in system.all_services:
+        _, text = await service.ask("metrics")
+        for labels, most in _samples(text, "database_connections_max").items():
+            allowed[labels.removeprefix('{pool="').removesuffix('"}')] += int(most)
+    return dict(allowed)
+
+
+def beyond(open_now: Mapping[str, int], allowed: Mapping[str, int]) -> list[str]:
+    """Return who has more connections than are allowed."""
+    return [
+        f"{name or 'somebody'} has {count}, of {allowed.get(name, 0)}"
+        for name, count in sorted(open_now.items())
+        if count > allowed.get(name, 0)
+    ]

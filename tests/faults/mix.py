@@ -4,18 +4,22 @@ import asyncio
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
 from shared.clock import next_boundary
 from tests.faults import checker
 from tests.faults.checker import Verdict
-from tests.faults.parts import Part, Postgres
+from tests.faults.parts import START_SECONDS_MAX, Part, Postgres, Service
 from tests.faults.readers import Readers
+from tests.faults.soak import Soak, spared
 from tests.faults.system import SLOT, System
 from tests.faults.watchers import Watchers
+from tests.waiting import eventually
 
 READERS = 6
 WATCHERS = 6
@@ -39,38 +43,44 @@ class Act:
     """How long it stays frozen."""
 
 
-def schedule(system: System, seed: int, *, acts: int, seconds: float) -> list[Act]:
-    """Draw so many acts, spread over so many seconds."""
+def schedule(
+    system: System, seed: int, *, acts: int, seconds: float, spared: Sequence[Service] = ()
+) -> list[Act]:
+    """Draw so many acts, spread over so many seconds; those who are spared are frozen, and not ended."""
     chance = random.Random(seed)
     services = [service.name for service in system.all_services]
+    mortal = [service.name for service in system.all_services if service not in spared]
     servers = [server.name for server in system.servers]
     drawn = []
     for number in range(acts):
         at = seconds * (number + chance.random()) / acts
         is_server = chance.random() < SERVER_SHARE
-        part = chance.choice(servers if is_server else services)
         what = chance.choices(("kill", "freeze", "stop"), (5, 4, 1))[0]
+        part = chance.choice(servers if is_server else services if what == "freeze" else mortal)
         lasts = chance.uniform(*(SERVER_FREEZE_SECONDS if is_server else FREEZE_SECONDS))
         drawn.append(Act(at, part, what, lasts if what == "freeze" else 0.0))
     return drawn
 
 
-async def play(system: System, acts: Sequence[Act], say: Say) -> int:
-    """Do all that is scheduled; return how many acts befell a part that was well, or could be struck again."""
+async def play(system: System, acts: Sequence[Act], say: Say) -> Counter[str]:
+    """Do all that is scheduled; return how many acts of each sort were done."""
     began = time.monotonic()
-    done = 0
+    done: Counter[str] = Counter()
     async with asyncio.TaskGroup() as tasks:
         for act in acts:
             await asyncio.sleep(max(0.0, began + act.at_seconds - time.monotonic()))
             part = system.part(act.part)
-            if not part.pids():  # it is coming up: there is nothing to be killed yet
-                say(f"{time.monotonic() - began:7.1f} s  {act.what:<7} {act.part}: it is not there")
-                continue
+            # One that has just ended is struck as soon as it comes up: there is nothing to be killed yet.
+            await eventually(partial(_is_there, part), timeout=START_SECONDS_MAX)
             lasts = f" for {act.for_seconds:.1f} s" if act.for_seconds else ""
             say(f"{time.monotonic() - began:7.1f} s  {act.what:<7} {act.part}{lasts}")
-            done += 1
+            done[act.what] += 1
             tasks.create_task(_do(part, act))
     return done
+
+
+async def _is_there(part: Part) -> bool:
+    return bool(part.pids())
 
 
 async def _do(part: Part, act: Act) -> None:
@@ -123,10 +133,30 @@ async def lively(
             stop.set()
 
 
-async def run(system: System, seed: int, *, acts: int, seconds: float, say: Say) -> tuple[int, Verdict]:
-    """Play a mix, heal everything, and return how many acts there were and what the checker says."""
+async def run(
+    system: System, seed: int, *, acts: int, seconds: float, say: Say
+) -> tuple[Counter[str], Verdict]:
+    """Play a mix, heal everything, and return how many acts of each sort there were and what the checker says."""
     async with lively(system, seed) as life:
         done = await play(system, schedule(system, seed, acts=acts, seconds=seconds), say)
         say(f"{'':7}    healing")
         await system.heal()
     return done, await life.verdict(system)
+
+
+async def run_soak(
+    system: System, seed: int, *, acts: int, seconds: float, say: Say
+) -> tuple[Counter[str], Verdict]:
+    """Play a mix that spares one replica of each kind; what these use at its end must be what they used before."""
+    soak = Soak(system, spared(system, seed))
+    say(f"{'':7}    {', '.join(service.name for service in soak.alive)} must live")
+    async with lively(system, seed) as life:
+        async with soak.watched(seconds):
+            drawn = schedule(system, seed, acts=acts, seconds=seconds, spared=soak.alive)
+            done = await play(system, drawn, say)
+        say(f"{'':7}    healing")
+        await system.heal()
+    verdict = await life.verdict(system)
+    verdict.counts["flat"], grown = soak.verdict()
+    verdict.add("growth", grown)
+    return done, verdict

@@ -17,7 +17,7 @@ import aiohttp
 from tests.faults.links import Link
 from tests.faults.parts import Part, Spell
 from tests.faults.population import UNKNOWN_SYMBOL, User
-from tests.faults.system import MARKET_SEED, System
+from tests.faults.system import MARKET_SEED, POSTGRES, System
 from tests.faults.truth import Market, market_value
 
 DEADLINE_SECONDS = 5.0
@@ -144,15 +144,17 @@ class Readers:
     def unexcused(self) -> list[str]:
         """Return which requests went wrong though nothing was the matter with what they needed."""
         parts = {part.name: part for part in self.system.parts}
-        servers = self.system.servers
         found = []
         for asked in self.unanswered:
             way = [link for link in self.system.links if link.target == asked.gateway]
             if not _disturbed([parts[asked.gateway], *way], asked):
                 found.append(f"{asked.gateway} gave no answer ({asked.problem})")
         for asked in self.refused:
-            links = [link for link in self.system.links if link.source == asked.gateway]
-            needed: list[Part | Link] = [parts[asked.gateway], *servers, *links]
+            links = [
+                link for link in self.system.links if (link.source, link.target) == (asked.gateway, POSTGRES)
+            ]
+            # Nothing else is needed for a read: not NATS, nor any other service.
+            needed: list[Part | Link] = [parts[asked.gateway], *self.system.postgres_servers, *links]
             if not _disturbed(needed, asked) and not self._was_overloaded(asked):
                 found.append(f"{asked.gateway} refused without need ({asked.problem})")
         return found

@@ -34,8 +34,9 @@ LATE_SECONDS_MAX = 600
 MARKET_SEED = 7
 SERVICES = ("price_feeder", "snapshotter", "api_gateway")
 READER = "reader"
+POSTGRES = "postgres"
 TARGETS = {
-    "postgres": ("DATABASE_URL",),
+    POSTGRES: ("DATABASE_URL",),
     "nats": ("NATS_URL",),
     "market": ("ALPACA_DATA_URL", "ALPACA_BASE_URL", "ALPACA_STREAM_URL"),
 }

@@ -1,7 +1,8 @@
 """Run a service that was broken on purpose: `python -m tests.faults.tampered ack_first services.snapshotter`.
 
-Some break a promise, so that the checker can show that it notices. Others die at one very point, once, where a signal
-from outside would hardly ever hit: the file that TAMPERED_ONCE names is made when they have.
+Some break a promise, so that the checker can show that it notices. Others die, or fall asleep, at one very point where
+a signal from outside would hardly ever hit: as soon as there is the file that TAMPERED_WHEN names. Who comes to that
+point first takes the file away, so it befalls one of all replicas, once.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from typing import Any
 
 from shared.bus import Delivery, Outgoing
 
-ONCE = "TAMPERED_ONCE"
+WHEN = "TAMPERED_WHEN"
 
 
 # ---- broken promises -----------------------------------------------------------------------------
@@ -73,44 +74,44 @@ def no_newer_wins() -> None:
     queries.STORE_TRADES = changed
 
 
-def own_clock() -> None:
-    """Let each replica go by its own clock, however wrong it is."""
-    from shared.database_clock import DatabaseClock
-
-    def now(self: DatabaseClock) -> datetime:
-        return self._own()
-
-    DatabaseClock.now = now  # type: ignore[method-assign]
-
-
-# ---- deaths --------------------------------------------------------------------------------------
+# ---- deaths, and a sleep -------------------------------------------------------------------------
 
 
 def die_before_acknowledging() -> None:
     """Die when a shard is committed and not acknowledged yet."""
-    Delivery.acknowledge = _dying_before(Delivery.acknowledge)  # type: ignore[method-assign]
+    Delivery.acknowledge = _struck_before(Delivery.acknowledge, signal.SIGKILL)  # type: ignore[method-assign]
 
 
 def die_before_publishing() -> None:
     """Die when prices are committed and their ticks not published yet."""
     from services.price_feeder.outbox import Outbox
 
-    Outbox._publish_ticks = _dying_before(Outbox._publish_ticks)  # type: ignore[method-assign]
+    Outbox._publish_ticks = _struck_before(Outbox._publish_ticks, signal.SIGKILL)  # type: ignore[method-assign]
 
 
-def _dying_before(method: Any) -> Any:
-    async def dying(*args: Any) -> Any:
-        _die_once()
-        return await method(*args)
+def sleep_before_storing() -> None:
+    """Stop when a shard is to be stored and nothing was sent to PostgreSQL yet."""
+    from services.snapshotter import queries
 
-    return dying
+    queries.take_snapshots = _struck_before(queries.take_snapshots, signal.SIGSTOP)
 
 
-def _die_once() -> None:
-    marker = Path(os.environ[ONCE])
-    if not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+def _struck_before(function: Any, number: signal.Signals) -> Any:
+    async def struck(*args: Any, **options: Any) -> Any:
+        if _is_first():
+            os.kill(os.getpid(), number)
+        return await function(*args, **options)
+
+    return struck
+
+
+def _is_first() -> bool:
+    """Tell whether the file was there, and this process has taken it away."""
+    try:
+        Path(os.environ[WHEN]).unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 TAMPERINGS: dict[str, Callable[[], None]] = {
@@ -120,9 +121,9 @@ TAMPERINGS: dict[str, Callable[[], None]] = {
         lost_details,
         ack_first,
         no_newer_wins,
-        own_clock,
         die_before_acknowledging,
         die_before_publishing,
+        sleep_before_storing,
     )
 }
 

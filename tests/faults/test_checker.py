@@ -149,9 +149,9 @@ def test_chart_that_does_not_add_up_is_wrong() -> None:
         assert judge_chart(chart | change, USER), change
 
 
-def test_refusals_of_an_overload_are_excused_and_silence_is_not() -> None:
-    gateway = Service("gateway")
-    healthy = system.System(
+def system_of(gateway: Service) -> system.System:
+    """Return a system in which nothing runs."""
+    return system.System(
         folder=Path(),
         population=population.Population([]),
         postgres_servers=[Postgres("postgres")],
@@ -162,7 +162,11 @@ def test_refusals_of_an_overload_are_excused_and_silence_is_not() -> None:
         gateway_ports={},
         jwt_secret="",
     )
-    readers = Readers(healthy)
+
+
+def test_refusals_of_an_overload_are_excused_and_silence_is_not() -> None:
+    gateway = Service("gateway")
+    readers = Readers(system_of(gateway))
     readers.overloads.append(Spell("overloaded", 10.0, 20.0))
     readers.refused = [Asked(gateway.name, at, at + 1.0, f"at {at:g}") for at in (8.5, 19.5, 24.5, 25.5)]
     readers.unanswered = [Asked(gateway.name, 15.0, 22.0, "silence")]
@@ -170,6 +174,20 @@ def test_refusals_of_an_overload_are_excused_and_silence_is_not() -> None:
         "gateway gave no answer (silence)",
         "gateway refused without need (at 8.5)",  # and over before it began
         "gateway refused without need (at 25.5)",  # more than five seconds after it
+    ]
+
+
+def test_refused_read_is_excused_by_postgres_and_by_nothing_else_that_is_away() -> None:
+    gateway = Service("gateway")
+    disturbed = system_of(gateway)
+    disturbed.postgres.spells.append(Spell("frozen", 10.0, 12.0))
+    disturbed.nats.spells.append(Spell("frozen", 20.0, 22.0))
+    disturbed.market.spells.append(Spell("frozen", 30.0, 32.0))
+    readers = Readers(disturbed)
+    readers.refused = [Asked(gateway.name, at, at + 0.5, f"at {at:g}") for at in (11.0, 21.0, 31.0)]
+    assert readers.unexcused() == [
+        "gateway refused without need (at 21)",
+        "gateway refused without need (at 31)",
     ]
 
 
@@ -216,6 +234,16 @@ def test_snapshot_must_have_all_positions_and_add_up() -> None:
         {"cash_balance": Decimal("97.00"), "total_value": Decimal("122.63")},
     ):
         assert checker.incomplete([snapshot(**change)], people), change
+
+
+def test_connections_are_counted_by_the_pool_they_are_of() -> None:
+    allowed = {"": 1, "snapshotter": 12, "api_gateway": 20}
+    assert checker.beyond({"": 1, "snapshotter": 12, "api_gateway": 3}, allowed) == []
+    assert checker.beyond({"": 2, "snapshotter": 13, "api_gateway": 20, "psql": 1}, allowed) == [
+        "somebody has 2, of 1",
+        "psql has 1, of 0",
+        "snapshotter has 13, of 12",
+    ]
 
 
 def test_order_that_was_acknowledged_must_be_there() -> None:

@@ -25,7 +25,7 @@ from shared.messages import ALL_PRICES
 from tests.faults import checker
 from tests.faults.mix import Life
 from tests.faults.parts import Service
-from tests.faults.readers import DEADLINE_SECONDS, LATE_SECONDS_MAX, OVERLOAD_RECOVERY_SECONDS_MAX
+from tests.faults.readers import DEADLINE_SECONDS, OVERLOAD_RECOVERY_SECONDS_MAX
 from tests.faults.rows.market import control, current
 from tests.faults.rows.row import Row, next_slots, seconds_until, session, total
 from tests.faults.system import System
@@ -60,7 +60,7 @@ STREAMS_SSE, STREAMS_WEBSOCKET = (
 )
 
 OVERLOAD_TIMES = 10
-OVERLOAD_SECONDS, CAPACITY_SECONDS = 30.0, 5.0
+OVERLOAD_SECONDS, CAPACITY_SECONDS = 60.0, 5.0
 CAPACITY_CONNECTIONS, OVERLOAD_CONNECTIONS = 32, 3000
 """Each waits for its answer before it asks again: with fewer, slow answers would keep the load down."""
 FILES_MIN = OVERLOAD_CONNECTIONS + 1000
@@ -433,7 +433,7 @@ def _in_words(found: dict[str, Any]) -> str:
 def _check_overload(found: dict[str, Any], per_second: float, seen: str) -> None:
     """Check what came of a load that is too much."""
     assert set(found["statuses"]) <= {"200", "429", "503"}, seen
-    assert found["accepted_p99"] <= DEADLINE_SECONDS + LATE_SECONDS_MAX, f"an accepted one waits: {seen}"
+    assert found["accepted_p99"] <= DEADLINE_SECONDS, f"an accepted one waits: {seen}"
     refused = set(found["statuses"]) - {"200"}
     assert refused, f"nobody is refused: {seen}"
     assert found["refused_p99"] <= REFUSED_SECONDS_MAX, f"refusals take long: {seen}"

@@ -15,8 +15,8 @@ from shared.clock import utc_now
 from tests.faults import clocks
 from tests.faults.mix import Life
 from tests.faults.parts import Service
-from tests.faults.rows.feeders import confirmed_at, lease_holder
-from tests.faults.rows.row import Row, next_slots, session
+from tests.faults.rows.feeders import lease_holder
+from tests.faults.rows.row import Row, confirmed_at, next_slots, session
 from tests.faults.system import Options, System
 from tests.waiting import eventually
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.faults.mix import Life
 from tests.faults.parts import Nats, Postgres
 from tests.faults.population import Population
-from tests.faults.rows.row import Row, next_slots, seconds_until
+from tests.faults.rows.row import Row, next_slots, seconds_to_health
 from tests.faults.system import Options, System, running
 
 POSTGRES_MB, NATS_MB = 400, 200
@@ -82,12 +82,7 @@ async def _disk_full(system: System, life: Life) -> str:
         if part is system.nats:
             # It does not write again by itself: the health check of docker-compose.yml ends it once there is room.
             await part.terminate(signal.SIGTERM)
-
-        async def are_ready() -> bool:
-            ready = await asyncio.gather(*(service.is_ready() for service in system.all_services))
-            return all(ready)
-
-        seconds = await seconds_until(are_ready, RECOVERED_SECONDS_MAX)
+        seconds = await seconds_to_health(system, RECOVERED_SECONDS_MAX)
         seen.append(f"{part.name}: seen in /readyz, healthy {seconds:.1f} s after there was room")
         await next_slots(2)
     return f"{'; '.join(seen)}; {len(life.readers.refused)} refused"

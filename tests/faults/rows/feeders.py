@@ -1,15 +1,11 @@
 """Price feeders that die, freeze and stand by."""
 
-import time
-from datetime import datetime
 from functools import partial
-from pathlib import Path
 
 from tests.faults.mix import Life
 from tests.faults.parts import Service
-from tests.faults.rows.row import Row, metric, seconds_until, session
-from tests.faults.system import Options, System
-from tests.faults.tampered import ONCE, runner
+from tests.faults.rows.row import Row, armed_to_die, metric, seconds_to_prices, tampered_when_armed
+from tests.faults.system import System
 from tests.waiting import eventually
 
 TAKEOVER_SECONDS_MAX = 15.0
@@ -45,23 +41,6 @@ async def _is_one_leader(system: System) -> bool:
     return sum(held) == 1
 
 
-async def confirmed_at(system: System) -> datetime:
-    """Return when a price was last confirmed."""
-    async with session(system) as connection:
-        at: datetime = await connection.fetchval("SELECT max(updated_at) FROM asset_prices")
-    return at
-
-
-async def _seconds_without_prices(system: System) -> float:
-    """Wait until a price is confirmed that was not yet; return how long that takes."""
-    before = await confirmed_at(system)
-
-    async def is_confirmed() -> bool:
-        return await confirmed_at(system) > before
-
-    return await seconds_until(is_confirmed, 2 * TAKEOVER_SECONDS_MAX)
-
-
 async def _standby(system: System, _: Life) -> str:
     seen = []
     for what in ("killed", "frozen"):
@@ -70,8 +49,7 @@ async def _standby(system: System, _: Life) -> str:
             leader.freeze()
         else:
             leader.kill()
-        seconds = await _seconds_without_prices(system)
-        assert seconds <= TAKEOVER_SECONDS_MAX, f"{seconds:.1f} s without prices after it was {what}"
+        seconds = await seconds_to_prices(system, TAKEOVER_SECONDS_MAX)
         new = await lease_holder(system)
         assert what == "killed" or new is not leader
         leader.thaw()
@@ -81,26 +59,13 @@ async def _standby(system: System, _: Life) -> str:
     return "; ".join(seen)
 
 
-def _dies_before_publishing(folder: Path) -> Options:
-    return Options(
-        wrapper={"price_feeder": runner("price_feeder", "die_before_publishing")},
-        environment={ONCE: str(folder / "died")},
-    )
-
-
 async def _before_publishing(system: System, _: Life) -> str:
-    """The one that had the lease has killed itself with SIGKILL after a commit, before publishing."""
-    feeders = system.services["price_feeder"]
-
-    async def has_died() -> bool:
-        return any(-9 in each.exit_codes for each in feeders)
-
-    await eventually(has_died, timeout=20)
-    began = time.monotonic()
-    await lease_holder(system)
-    seconds = await _seconds_without_prices(system)
-    assert time.monotonic() - began <= HEALED_SECONDS_MAX, f"{time.monotonic() - began:.1f} s"
-    return f"prices again {seconds:.1f} s later; the checker compares table and bus"
+    """The one that has the lease kills itself with SIGKILL after a commit, before publishing."""
+    leader = await lease_holder(system)
+    died = await armed_to_die(system, "price_feeder")
+    assert died is leader, f"{died.name} died, and {leader.name} had the lease"
+    seconds = await seconds_to_prices(system, HEALED_SECONDS_MAX)
+    return f"{died.name} died, prices again {seconds:.1f} s later; the checker compares table and bus"
 
 
 ROWS = (
@@ -110,6 +75,6 @@ ROWS = (
         "feeder dies between cache write and publish",
         "SIGKILL between the two",
         _before_publishing,
-        _dies_before_publishing,
+        tampered_when_armed("price_feeder", "die_before_publishing"),
     ),
 )

@@ -9,17 +9,13 @@ from local.servers import promote
 from shared.messages import TIMER
 from tests.faults.mix import Life
 from tests.faults.parts import Replica
-from tests.faults.rows.row import Row, next_slots, seconds_until
+from tests.faults.rows.row import Row, next_slots, seconds_to_health
 from tests.faults.system import Options, System
 
 LEADERLESS_SECONDS_MAX = 15.0
 """A new leader is chosen, and a client that was connected to the old one finds another server."""
 DEAD_SECONDS = 3.0
 FOLLOWED_SECONDS_MAX = 5.0
-
-
-async def _is_well(system: System) -> bool:
-    return all(await asyncio.gather(*(service.is_ready() for service in system.all_services)))
 
 
 async def _leader_killed(system: System, life: Life) -> str:
@@ -32,7 +28,7 @@ async def _leader_killed(system: System, life: Life) -> str:
         leader = next(server for server in system.nats_servers if server.name == info.cluster.leader)
         leader.kill()
         await asyncio.sleep(1)
-        seconds = 1 + await seconds_until(lambda: _is_well(system), LEADERLESS_SECONDS_MAX)
+        seconds = 1 + await seconds_to_health(system, LEADERLESS_SECONDS_MAX)
         await leader.wait_until_ready()
         await next_slots(3)
         seen.append(f"{leader.name} killed, all well after {seconds:.1f} s")
@@ -50,7 +46,7 @@ async def _primary_lost(system: System, life: Life) -> str:
     await asyncio.to_thread(promote, replica.server)
     system.postgres_servers.reverse()
     promoted_seconds = time.monotonic() - began
-    seconds = await seconds_until(lambda: _is_well(system), FOLLOWED_SECONDS_MAX)
+    seconds = await seconds_to_health(system, FOLLOWED_SECONDS_MAX)
     primary.spells[-1].ended_at = time.monotonic()  # it is missed no more
     await next_slots(3)
     refused = len(life.readers.refused)

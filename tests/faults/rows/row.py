@@ -1,10 +1,13 @@
 """What a row is, and what is common to looking for what it must show."""
 
 import asyncio
+import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import asyncpg
@@ -14,8 +17,11 @@ from tests.faults.mix import Life
 from tests.faults.parts import Service
 from tests.faults.population import Population
 from tests.faults.system import SLOT, Options, System, running
+from tests.faults.tampered import WHEN, runner
 from tests.waiting import eventually
 
+ARMED = "armed"
+STRUCK_SECONDS_MAX = 20.0
 START = Callable[[Path, Population, Options], AbstractAsyncContextManager[System]]
 
 
@@ -70,6 +76,65 @@ async def session(system: System) -> AsyncIterator["asyncpg.Connection[asyncpg.R
         yield connection
     finally:
         await connection.close()
+
+
+def tampered_when_armed(service: str, tampering: str) -> Callable[[Path], Options]:
+    """Return options in which the first replica of a service that comes to a point after `arm` is struck there."""
+
+    def options(folder: Path) -> Options:
+        return Options(wrapper={service: runner(service, tampering)}, environment={WHEN: str(folder / ARMED)})
+
+    return options
+
+
+def arm(system: System) -> None:
+    """Let the fault strike from now on: those who look on do so already."""
+    (system.folder / ARMED).touch()
+
+
+async def armed_to_die(system: System, kind: str) -> Service:
+    """Arm the tampering with a kind of service; return the replica that has killed itself, as soon as it has."""
+    services = system.services[kind]
+    before = {each.name: len(each.exit_codes) for each in services}
+    arm(system)
+
+    async def dead() -> Service | None:
+        return next(
+            (each for each in services if -signal.SIGKILL in each.exit_codes[before[each.name] :]), None
+        )
+
+    found = await eventually(dead, timeout=STRUCK_SECONDS_MAX)
+    assert found is not None
+    return found
+
+
+async def all_are_ready(system: System) -> bool:
+    """Tell whether all services are ready."""
+    return all(await asyncio.gather(*(service.is_ready() for service in system.all_services)))
+
+
+async def seconds_to_health(system: System, seconds_max: float) -> float:
+    """Wait until all services are ready; return how long that takes from now."""
+    return await seconds_until(partial(all_are_ready, system), seconds_max)
+
+
+async def confirmed_at(system: System) -> datetime:
+    """Return when a price was last confirmed."""
+    async with session(system) as connection:
+        at: datetime = await connection.fetchval("SELECT max(updated_at) FROM asset_prices")
+    return at
+
+
+async def seconds_to_prices(system: System, seconds_max: float) -> float:
+    """Wait until a price is confirmed that was not yet; return how long that takes."""
+    before = await confirmed_at(system)
+
+    async def is_confirmed() -> bool:
+        return await confirmed_at(system) > before
+
+    seconds = await seconds_until(is_confirmed, 2 * seconds_max)
+    assert seconds <= seconds_max, f"prices after {seconds:.1f} s"
+    return seconds
 
 
 def environment(**settings: str) -> Callable[[Path], Options]:

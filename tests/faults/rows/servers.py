@@ -3,29 +3,27 @@
 import asyncio
 import signal
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from tests.faults import checker
 from tests.faults.mix import Life
 from tests.faults.parts import frozen
 from tests.faults.readers import DEADLINE_SECONDS, LATE_SECONDS_MAX
-from tests.faults.rows.feeders import confirmed_at
-from tests.faults.rows.row import Row, next_slots, seconds_until, session
+from tests.faults.rows.row import Row, confirmed_at, next_slots, seconds_to_health, session
 from tests.faults.system import System
 from tests.waiting import eventually
 
 HEALTHY_SECONDS_MAX = 3.0
 FROZEN_SECONDS = 12.0
-TASKS_MORE_MAX = 40
-"""Requests that wait for a frozen server, of the readers there are."""
-
-
-async def _seconds_to_health(system: System) -> float:
-    """Return how long it takes from now until all services are ready."""
-
-    async def are_ready() -> bool:
-        return all(await asyncio.gather(*(service.is_ready() for service in system.all_services)))
-
-    return await seconds_until(are_ready, 60)
+CROWD = 200
+"""Clients besides the usual ones; each asks either gateway, and again when it is refused."""
+TASKS_OF_A_CLIENT = 2
+"""Its connection, and its request."""
+FEW = 40
+"""Tasks and files more for the usual readers, and streams that are opened again."""
+REFUSED_MIN = TASKS_OF_A_CLIENT * CROWD + 2 * FEW
+"""By each gateway, on the average: if each left a task behind, there would be too many."""
 
 
 async def _postgres_restarts(system: System, life: Life) -> str:
@@ -36,7 +34,7 @@ async def _postgres_restarts(system: System, life: Life) -> str:
         else:
             system.postgres.kill()
         await system.postgres.wait_until_ready()
-        seconds = await _seconds_to_health(system)
+        seconds = await seconds_to_health(system, 60)
         assert seconds <= HEALTHY_SECONDS_MAX, f"healthy {seconds:.1f} s after it was back ({what})"
         seen.append(f"{what}: healthy {seconds:.1f} s after its return")
         await next_slots(2)
@@ -47,8 +45,9 @@ async def _postgres_restarts(system: System, life: Life) -> str:
 async def _postgres_frozen(system: System, life: Life) -> str:
     gateways = system.services["api_gateway"]
     before = await checker.usage(system)
-    async with frozen(system.postgres):
+    async with frozen(system.postgres), _crowd(life):
         until = time.monotonic() + FROZEN_SECONDS
+        refused = len(life.readers.refused)
 
         async def are_red() -> bool:
             return not any([await gateway.is_ready() for gateway in gateways])
@@ -59,17 +58,36 @@ async def _postgres_frozen(system: System, life: Life) -> str:
             assert status == 200, f"{gateway.name} is not live"
         await asyncio.sleep(until - time.monotonic())
         during = await checker.usage(system)
-    seconds = await _seconds_to_health(system)
+        refused = len(life.readers.refused) - refused
+    seconds = await seconds_to_health(system, 60)
     assert seconds <= HEALTHY_SECONDS_MAX, f"healthy {seconds:.1f} s after it went on"
     slowest = life.readers.slowest_seconds
     assert slowest <= DEADLINE_SECONDS + LATE_SECONDS_MAX, f"an answer after {slowest:.1f} s"
-    for name, used in during.items():
-        assert used.tasks <= before[name].tasks + TASKS_MORE_MAX, f"{name} has {used.tasks} tasks"
-        assert used.files <= before[name].files + TASKS_MORE_MAX, f"{name} has {used.files} files"
+    assert refused >= len(gateways) * REFUSED_MIN, f"only {refused} refused: that is no crowd"
+    for service in system.all_services:
+        connected = CROWD if service in gateways else 0
+        tasks, files = (getattr(during[service.name], what) for what in ("tasks", "files"))
+        tasks_max = before[service.name].tasks + TASKS_OF_A_CLIENT * connected + FEW
+        assert tasks <= tasks_max, f"{service.name} has {tasks} tasks, more than {tasks_max}"
+        files_max = before[service.name].files + connected + FEW
+        assert files <= files_max, f"{service.name} has {files} files, more than {files_max}"
+    most = max(during[gateway.name].tasks for gateway in gateways)
     return (
-        f"ready red, live green, {len(life.readers.refused)} refused, the slowest after {slowest:.1f} s; "
-        f"healthy {seconds:.1f} s after it went on"
+        f"ready red, live green, {refused} refused, the slowest after {slowest:.1f} s, {most} tasks at most for "
+        f"{CROWD} clients; healthy {seconds:.1f} s after it went on"
     )
+
+
+@asynccontextmanager
+async def _crowd(life: Life) -> AsyncIterator[None]:
+    """Let many more read while the block runs: each that is refused asks again at once."""
+    stop = asyncio.Event()
+    reading = asyncio.create_task(life.readers.run(CROWD, stop, CROWD))
+    try:
+        yield
+    finally:
+        stop.set()
+        await reading
 
 
 async def _backends_terminated(system: System, life: Life) -> str:
@@ -99,7 +117,7 @@ async def _nats_away(system: System, life: Life) -> str:
             await system.nats.terminate(signal.SIGTERM)
         assert await confirmed_at(system) > before or what != "frozen", "prices were not written meanwhile"
         await system.nats.wait_until_ready()
-        seconds = await _seconds_to_health(system)
+        seconds = await seconds_to_health(system, 60)
         assert seconds <= HEALTHY_SECONDS_MAX, f"healthy {seconds:.1f} s after it was {what}"
         seen.append(f"{what}: healthy {seconds:.1f} s after its return")
         await next_slots(2)

@@ -2,52 +2,57 @@
 
 import asyncio
 import json
-from datetime import timedelta
-from pathlib import Path
+import time
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any
 
 import nats
 import psutil
 
+from services.snapshotter.snapshots import ACK_WAIT_SECONDS
 from shared.clock import last_boundary, utc_now
 from shared.messages import SNAPSHOT_DUE
 from tests.faults.mix import Life
 from tests.faults.parts import Service
-from tests.faults.rows.row import Row, next_slots, session, total
-from tests.faults.system import LATE_SECONDS_MAX, SLOT, Options, System
-from tests.faults.tampered import ONCE, runner
+from tests.faults.rows.row import (
+    STRUCK_SECONDS_MAX,
+    Row,
+    arm,
+    armed_to_die,
+    next_slots,
+    session,
+    tampered_when_armed,
+    total,
+)
+from tests.faults.system import LATE_SECONDS_MAX, SLOT, System
 from tests.waiting import eventually
 
 DUPLICATE = 'snapshot_shards_total{outcome="duplicate"}'
 SKIPPED = 'snapshot_shards_total{outcome="skipped"}'
+Shard = tuple[str, int]
+"""A slot, and the number of a shard of it."""
 TAKEN = 'snapshot_shards_total{outcome="taken"}'
-ACK_WAIT_SECONDS = 15.0
 _WRITING = """
 SELECT client_port FROM pg_stat_activity
 WHERE application_name = 'snapshotter' AND wait_event_type = 'Lock' AND query LIKE '%INSERT INTO portfolio_snapshots%'
 """
 
 
-def _dies_before_acknowledging(folder: Path) -> Options:
-    return Options(
-        wrapper={"snapshotter": runner("snapshotter", "die_before_acknowledging")},
-        environment={ONCE: str(folder / "died")},
-    )
-
-
 async def _after_commit(system: System, _: Life) -> str:
-    """The one that was first to commit has killed itself with SIGKILL before its acknowledgement."""
+    """The first to commit kills itself with SIGKILL before its acknowledgement."""
     snapshotters = system.services["snapshotter"]
-
-    async def has_died() -> bool:
-        return any(-9 in each.exit_codes for each in snapshotters)
-
-    await eventually(has_died, timeout=20)
+    before = await total(snapshotters, DUPLICATE)
+    died = await armed_to_die(system, "snapshotter")
+    began = time.monotonic()
 
     async def is_redelivered() -> bool:
-        return await total(snapshotters, DUPLICATE) > 0
+        return await total(snapshotters, DUPLICATE) > before
 
     await eventually(is_redelivered, timeout=2 * ACK_WAIT_SECONDS)
-    return f"redelivered, {await total(snapshotters, DUPLICATE):g} shard counted as duplicate"
+    seconds = time.monotonic() - began
+    found = await total(snapshotters, DUPLICATE) - before
+    return f"{died.name} died; redelivered {seconds:.1f} s later, {found:g} counted as duplicate"
 
 
 async def _holder_of_the_statement(system: System) -> Service:
@@ -84,26 +89,68 @@ async def _in_transaction(system: System, _: Life) -> str:
     return f"{victim.name} killed inside its statement; shards are taken again"
 
 
+async def _asleep(services: list[Service]) -> Service | None:
+    """Return the service that has stopped itself."""
+    for service in services:
+        if psutil.Process(service.pids()[0]).status() == psutil.STATUS_STOPPED:
+            return service
+    return None
+
+
+def _said(service: Service, event: str, *, since: datetime) -> dict[Shard, dict[str, Any]]:
+    """Return what a service has logged of an event since then, the last line of each shard."""
+    lines = (json.loads(line) for line in service.log.read_text().splitlines() if line.startswith("{"))
+    return {
+        (line["scheduled_at"], line["shard"]): line
+        for line in lines
+        if line["event"] == event and datetime.fromisoformat(line["timestamp"]) >= since
+    }
+
+
+def _stored(service: Service, *, since: datetime) -> set[Shard]:
+    """Return whose snapshots a service has stored since then, as the first to do so."""
+    return {shard for shard, line in _said(service, "snapshots_taken", since=since).items() if line["added"]}
+
+
 async def _paused(system: System, _: Life) -> str:
+    """One falls asleep just before the statement for a shard, and wakes when another has stored it."""
     snapshotters = system.services["snapshotter"]
-    async with session(system) as connection:
-        transaction = connection.transaction()
-        await transaction.start()
-        await connection.execute("LOCK TABLE portfolio_snapshots IN SHARE MODE")
-        sleeper = await _holder_of_the_statement(system)
-        sleeper.freeze()
-        await transaction.rollback()
-    other = next(each for each in snapshotters if each is not sleeper)
-    before = await total([other], DUPLICATE)
+    arm(system)
+    asleep = await eventually(partial(_asleep, snapshotters), timeout=STRUCK_SECONDS_MAX)
+    assert asleep is not None
+    asleep.freeze()
+    slept_at = utc_now()
+    other = next(each for each in snapshotters if each is not asleep)
 
     async def is_taken_over() -> bool:
-        return await total([other], DUPLICATE) > before
+        redelivered = _said(other, "snapshot_redelivered", since=slept_at)
+        return bool(_stored(other, since=slept_at) & redelivered.keys())
 
-    await eventually(is_taken_over, timeout=2 * ACK_WAIT_SECONDS)
-    taken_over = await total([other], DUPLICATE) - before
-    sleeper.thaw()
-    await next_slots(2)
-    return f"{sleeper.name} slept; {other.name} was given {taken_over:g} of its shards, and found them stored"
+    await eventually(is_taken_over, timeout=2 * ACK_WAIT_SECONDS, every=0.2)
+    await next_slots(2)  # it may have had another one besides, which comes a moment later
+    before = await total([asleep], DUPLICATE)
+    woke_at = utc_now()
+    asleep.thaw()
+
+    async def conflicting() -> set[Shard]:
+        """Return for which shards the sleeper has tried, as if it were the first, what the other had done."""
+        tried = _said(asleep, "snapshots_taken", since=woke_at)
+        return {
+            shard
+            for shard in tried.keys() & _stored(other, since=slept_at)
+            if not tried[shard]["again"] and not tried[shard]["added"]
+        }
+
+    await eventually(conflicting, timeout=STRUCK_SECONDS_MAX, every=0.2)
+    await eventually(partial(_is_more, asleep, before))
+    return (
+        f"{asleep.name} slept {(woke_at - slept_at).total_seconds():.0f} s; its write of shards that {other.name} had "
+        f"stored ({len(await conflicting())}) added nothing, and counted as duplicate"
+    )
+
+
+async def _is_more(service: Service, before: float) -> bool:
+    return await total([service], DUPLICATE) > before
 
 
 async def _by_hand(system: System, life: Life) -> str:
@@ -188,10 +235,16 @@ ROWS = (
         "snapshotter dies after commit, before ack",
         "SIGKILL between the two",
         _after_commit,
-        _dies_before_acknowledging,
+        tampered_when_armed("snapshotter", "die_before_acknowledging"),
     ),
     Row(2, "snapshotter dies inside the transaction", "SIGKILL", _in_transaction),
-    Row(3, "snapshotter paused longer than the ack wait", "SIGSTOP, later SIGCONT", _paused),
+    Row(
+        3,
+        "snapshotter paused longer than the ack wait",
+        "SIGSTOP just before its statement, SIGCONT when another has stored the shard",
+        _paused,
+        tampered_when_armed("snapshotter", "sleep_before_storing"),
+    ),
     Row(5, "doubled, late, out-of-order timer messages", "published by hand", _by_hand),
     Row(
         23,

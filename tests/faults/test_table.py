@@ -1,0 +1,19 @@
+"""docs/faults.md lists every row, as it is."""
+
+from pathlib import Path
+
+from tests.faults.rows.table import ROWS
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "faults.md"
+
+
+def test_every_row_is_in_the_document_with_what_must_be_seen() -> None:
+    table = DOCUMENT.read_text().partition("| # | fault | injected | must be seen |\n")[2]
+    lines = table.partition("\n\n")[0].splitlines()[1:]
+    told = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
+    assert [cells[:3] for cells in told] == [(str(row.number), row.name, row.injected) for row in ROWS]
+    assert all(cells[3] for cells in told), "a row that shows nothing"
+
+
+def test_faults_of_the_design_are_all_played() -> None:
+    assert {row.number for row in ROWS} == set(range(1, 25))
