@@ -22,6 +22,7 @@ from shared.database import Database, DatabaseUnavailable, SchemaMissing
 from shared.market_calendar import Calendar
 from shared.market_hours import MarketHours
 from shared.messages import SNAPSHOTS_TAKEN, TIMER, SnapshotDue, SnapshotsTaken
+from shared.streams import DUPLICATE_WINDOW
 
 CONSUMER = "snapshotter"
 AT_ONCE_MAX = 2
@@ -33,6 +34,8 @@ STOP_SECONDS_MAX = 3.0
 """What a shard may still take when the service is to stop; cut off, nothing of it is stored and it comes again."""
 TAKE_SECONDS_MIN, TAKE_SECONDS_MAX = 10.0, 120.0
 CLOCK_SKEW_MAX = timedelta(seconds=5)  # between two replicas that both go by the database's clock
+EARLY_MAX = DUPLICATE_WINDOW
+"""Of a message so early the copy that comes when the slot is due is dropped as a duplicate: it is the only one."""
 
 FAILED_IN_A_ROW_MAX = 5
 """Messages, however often each: more than may be poisonous at a time."""
@@ -47,6 +50,7 @@ _ADVICE = {
     "the schema is missing": "run `alembic upgrade head`; the slot waits for SNAPSHOT_LATE_SECONDS_MAX",
     "NATS does not store": "see /readyz and nats-server; the snapshots are stored, and are announced when it does",
 }
+_NOT_DUE = "the slot is not due yet"
 
 shards_handled = Counter(
     "snapshot_shards",
@@ -84,7 +88,8 @@ async def run(
     """Handle due shards as the stream delivers them, a few at a time, until `stop` is set.
 
     A shard whose replica is silent for `ack_wait_seconds` is given to another. One that is older than `late_max`, one
-    interval unless given, is skipped, and so is one that is not due yet by `now`, which all replicas should have alike.
+    interval unless given, is skipped, and so is one that is early by more than EARLY_MAX, by `now`, which all replicas
+    should have alike; one that is early by less waits until it is due.
     With `calendar`, slots outside its sessions are skipped, whoever announced them.
     Ends by an error when FAILED_IN_A_ROW_MAX different messages failed unexpectedly, and none was handled in between:
     it is then the process that is ill, and not one of them.
@@ -163,6 +168,10 @@ async def handle(worker: Worker, delivery: Delivery) -> None:
         shards_handled.labels("malformed").inc()
         await delivery.put_aside(f"malformed: {error.errors()[0]['msg']}", worker.stop)
         return
+    early = due.scheduled_at - worker.now()
+    if CLOCK_SKEW_MAX < early <= EARLY_MAX:
+        await _postpone_until_due(delivery, due, early)
+        return
     if delivery.deliveries > 1:
         log.warning("snapshot_redelivered", **_slot(due), deliveries=delivery.deliveries)
     async with _kept_alive(delivery):
@@ -183,6 +192,19 @@ async def handle(worker: Worker, delivery: Delivery) -> None:
             interval_seconds=worker.interval.total_seconds(),
             advice="more SNAPSHOT_SHARDS and replicas, or a longer SNAPSHOT_INTERVAL_MINUTES",
         )
+
+
+async def _postpone_until_due(delivery: Delivery, due: SnapshotDue, early: timedelta) -> None:
+    shards_postponed.labels(_NOT_DUE).inc()
+    log.warning(
+        "snapshot_postponed",
+        **_slot(due),
+        reason=_NOT_DUE,
+        retry_seconds=round(early.total_seconds(), 1),
+        advice="nothing, it is taken when it is due; but none of our timers is early: see who publishes to "
+        + TIMER.name,
+    )
+    await delivery.postpone(early.total_seconds())
 
 
 async def _take_or_wait(worker: Worker, due: SnapshotDue, deliveries: int) -> str | None:

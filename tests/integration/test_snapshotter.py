@@ -481,6 +481,27 @@ async def test_slot_in_the_session_is_taken(database: Database, bus: Bus) -> Non
         stop.set()
 
 
+async def test_a_message_that_is_early_waits_as_the_timers_own_is_dropped_as_its_copy(
+    database: Database, bus: Bus, client: Client
+) -> None:
+    await create_user(database, "early", cash="5")
+    at = utc_now() + snapshots.CLOCK_SKEW_MAX + timedelta(seconds=1)
+    with capture_logs() as logs:
+        async with snapshotter(database, bus):
+            await bus.publish(timer.due(at, 0, 1))
+
+            async def is_postponed() -> bool:
+                return any(line["event"] == "snapshot_postponed" for line in logs)
+
+            await eventually(is_postponed)
+            assert await stored(database) == []
+            await bus.publish(timer.due(at, 0, 1))
+            await eventually(lambda: stored(database))
+            assert utc_now() >= at
+            await eventually(lambda: is_all_acknowledged(client))
+    assert [row[1] for row in await stored(database)] == [at]
+
+
 async def test_an_outage_across_a_boundary_loses_no_later_slot(bus: Bus, client: Client) -> None:
     """The bus is away for 1.4 intervals: the slot under way when it returns is announced."""
     interval = timedelta(seconds=2)

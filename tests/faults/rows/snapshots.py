@@ -10,6 +10,7 @@ from typing import Any
 import nats
 import psutil
 
+from services.snapshotter import timer
 from services.snapshotter.snapshots import ACK_WAIT_SECONDS
 from shared.clock import last_boundary, utc_now
 from shared.messages import SNAPSHOT_DUE
@@ -25,11 +26,12 @@ from tests.faults.rows.row import (
     tampered_when_armed,
     total,
 )
-from tests.faults.system import LATE_SECONDS_MAX, SLOT, System
+from tests.faults.system import LATE_SECONDS_MAX, SHARDS, SLOT, System
 from tests.waiting import eventually
 
 DUPLICATE = 'snapshot_shards_total{outcome="duplicate"}'
 SKIPPED = 'snapshot_shards_total{outcome="skipped"}'
+EARLY_SLOTS = 10
 Shard = tuple[str, int]
 """A slot, and the number of a shard of it."""
 TAKEN = 'snapshot_shards_total{outcome="taken"}'
@@ -159,12 +161,19 @@ async def _by_hand(system: System, life: Life) -> str:
     now = last_boundary(utc_now(), SLOT)
     too_late = now - timedelta(seconds=LATE_SECONDS_MAX + 60)
     future = now + timedelta(days=1)
+    early = now + EARLY_SLOTS * SLOT
     doubled = [max(now - number * SLOT, life.first) for number in range(3)]
     client = await nats.connect(system.nats_urls)
     try:
-        for slot in (*doubled, *reversed(doubled), too_late, future):
+        for slot in (*doubled, *reversed(doubled), too_late, future, early):
             due = {"scheduled_at": slot.isoformat(), "shard": 0, "shards": 1}
             await client.jetstream().publish(SNAPSHOT_DUE, json.dumps(due).encode())
+        # The timers' own messages for this slot will be dropped as copies of these.
+        for shard in range(SHARDS):
+            own = timer.due(early, shard, SHARDS)
+            await client.jetstream().publish(
+                own.subject, own.payload, headers={"Nats-Msg-Id": own.message_id or ""}
+            )
     finally:
         await client.close()
 
@@ -180,6 +189,7 @@ async def _by_hand(system: System, life: Life) -> str:
             "SELECT count(*) FROM portfolio_snapshots WHERE timestamp IN ($1, $2)", too_late, future
         )
     assert stored == 0, f"{stored} snapshots of a slot that is too late or yet to come"
+    await next_slots(EARLY_SLOTS + 1)  # then the checker counts what was early
     return (
         f"{await total(snapshotters, SKIPPED) - skipped:g} skipped, "
         f"{await total(snapshotters, DUPLICATE) - duplicate:g} counted as duplicate"
