@@ -1,7 +1,8 @@
-"""Clients that ask again as soon as they are answered, whatever the answer says: `python -m bench.crowd PORT`.
+"""Clients that ask again as soon as they are answered, whatever the answer says: `python -m bench.crowd PORT …`.
 
 One process and bare protocols, so that it takes little of the machine. A question on stdin, `{"path": …, "tokens": […],
-"connections": 64, "seconds": 10}`, lets so many connections ask, the users in turn; all are closed in the end.
+"connections": 64, "seconds": 10}`, lets so many connections ask, the ports and the users in turn; all are closed in the
+end.
 """
 
 import asyncio
@@ -9,6 +10,8 @@ import re
 import sys
 import time
 from collections import Counter, deque
+from collections.abc import Sequence
+from itertools import cycle
 from typing import Any, cast
 
 import uvloop
@@ -46,13 +49,15 @@ class _Seen:
         if is_ok:
             self.parts_ms.setdefault(part, []).append(took_ms)
 
-    def report(self, seconds: float) -> dict[str, object]:
+    def report(self, seconds: float, waiting_ms: float) -> dict[str, object]:
+        """Return what was seen; `waiting_ms` is how long the one has waited that nobody has answered."""
         ok, parts = self.answers[200], max(int(seconds / PART_SECONDS), 1)
         return {
             "ok_per_second": ok / seconds,
             "refused_per_second": (self.answers.total() - ok) / seconds,
             "answers": dict(self.answers),
             "lost": self.lost,
+            "waiting_ms": waiting_ms,
             "ok_ms": _percentiles(self.ok_ms),
             "refused_ms": _percentiles(self.refused_ms),
             "parts": [
@@ -75,7 +80,7 @@ class _Client(asyncio.Protocol):
         self._requests = requests
         self._transport: asyncio.Transport | None = None
         self._received = b""
-        self._asked_at = 0.0
+        self.asked_at = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -84,7 +89,7 @@ class _Client(asyncio.Protocol):
         assert self._transport is not None
         request = self._requests[0]
         self._requests.rotate(-1)
-        self._asked_at = time.monotonic()
+        self.asked_at = time.monotonic()
         self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
@@ -98,7 +103,7 @@ class _Client(asyncio.Protocol):
         self._received = b""
         seen = self._crowd.seen
         if seen is not None:
-            seen.answered(int(received[9:12]), self._asked_at)
+            seen.answered(int(received[9:12]), self.asked_at)
             self.ask()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -111,8 +116,8 @@ class _Client(asyncio.Protocol):
 
 
 class _Crowd:
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self, ports: Sequence[int]) -> None:
+        self._ports = ports
         self.seen: _Seen | None = None
 
     async def answer(self, question: dict[str, Any]) -> dict[str, object]:
@@ -128,8 +133,10 @@ class _Crowd:
             async with asyncio.timeout(CONNECT_SECONDS_MAX):
                 await asyncio.gather(
                     *(
-                        loop.create_connection(lambda client=client: client, "127.0.0.1", self._port)  # type: ignore[misc]
-                        for client in clients[start : start + CONNECT_AT_ONCE_MAX]
+                        loop.create_connection(lambda client=client: client, "127.0.0.1", port)  # type: ignore[misc]
+                        for client, port in zip(
+                            clients[start : start + CONNECT_AT_ONCE_MAX], cycle(self._ports), strict=False
+                        )
                     )
                 )
         began = time.monotonic()
@@ -138,10 +145,10 @@ class _Crowd:
             client.ask()
         await asyncio.sleep(question["seconds"])
         self.seen = None
-        seconds = time.monotonic() - began
+        ended = time.monotonic()
         for client in clients:
             client.leave()
-        return seen.report(seconds)
+        return seen.report(ended - began, (ended - min(client.asked_at for client in clients)) * 1000)
 
 
 def _percentiles(values: list[float]) -> dict[str, float]:
@@ -151,4 +158,4 @@ def _percentiles(values: list[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    uvloop.run(answer_questions(_Crowd(int(sys.argv[1])).answer))
+    uvloop.run(answer_questions(_Crowd([int(port) for port in sys.argv[1:]]).answer))

@@ -84,6 +84,7 @@ async def serving(
     admission = Admission(settings.gateway_database_connections)
     rates = UserRates(settings.user_requests_per_second, settings.user_requests_burst)
     connected = Connections(settings.gateway_connections_max)
+    places = Places(settings.gateway_streams_max)
     leaving = Leaving()
     watched = Live(database, resources.calendar, admission)
     notifications = Notifications(watched)
@@ -93,6 +94,7 @@ async def serving(
         "load": admission.check,
         "connections": connected.check,
         "user_rates": rates.check_readiness,
+        "streams": places.check_readiness,
     }
     app = web.Application()
     app[portfolio.DATABASE] = database
@@ -114,7 +116,7 @@ async def serving(
     app[streams.BUS_SECONDS_MAX] = settings.request_timeout_seconds / 2
     app[refreshes.SECONDS_MAX] = settings.request_timeout_seconds
     app[streams.ALLOWED_ORIGINS] = frozenset(settings.cors_allowed_origins)
-    app[streams.PLACES] = Places(settings.gateway_streams_max)
+    app[streams.PLACES] = places
     app[streams.HEARTBEAT_SECONDS] = settings.stream_heartbeat_seconds
     app.add_routes(
         [
@@ -149,7 +151,7 @@ async def serving(
         ) as port:
             yield Served(port, news, watched, notifications, leaving, checks)
     finally:
-        for episode in (admission.overload, rates.episode, connected.episode):
+        for episode in (admission.overload, rates.episode, connected.episode, places.episode):
             episode.end()
 
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from services.api_gateway import performance, problems, queries, replica
 from services.api_gateway.admission import Admission
+from services.api_gateway.doubts import Doubts
 from services.api_gateway.negotiation import Representation, Stem
 from services.api_gateway.performance import Buckets, MarketDays, Timeframe
 from services.api_gateway.queries import Source
@@ -97,6 +98,7 @@ class News:
         self._forgotten_at = 0  # the announcement before which nothing is known
         self._announced: dict[int, dict[int, int]] = {}  # shards: shard: announcement
         self._requested: OrderedDict[int, int] = OrderedDict()  # user: announcement, the oldest first
+        self._doubts = Doubts()
 
     def heard(self, subject: str, payload: bytes) -> None:
         self.changes += 1
@@ -139,14 +141,14 @@ class News:
         try:
             self.has_requested(SnapshotTaken.model_validate_json(payload).user_id)
         except ValidationError as error:
-            _say_malformed(error, payload)
+            self._doubts.add_malformed(REQUESTED_SNAPSHOT_TAKEN, payload, error)
             self._forget()
 
     def _hear_snapshots(self, payload: bytes) -> None:
         try:
             taken = SnapshotsTaken.model_validate_json(payload)
         except ValidationError as error:
-            _say_malformed(error, payload)
+            self._doubts.add_malformed(SNAPSHOTS_TAKEN, payload, error)
             self._forget()
             return
         is_division_new = taken.shards not in self._announced
@@ -169,10 +171,6 @@ class News:
     def _announce(self) -> None:
         self.announcements += 1
         self.announced_at = time.monotonic()
-
-
-def _say_malformed(error: ValidationError, payload: bytes) -> None:
-    log.warning("announcement_malformed", reason=str(error.errors()[0]["msg"]), size=len(payload))
 
 
 @dataclass(slots=True)

@@ -21,9 +21,11 @@ from prometheus_client import Counter as EventCounter
 from prometheus_client import Gauge
 
 from services.api_gateway import problems
+from services.api_gateway.episodes import Episode
 from services.api_gateway.live import EndReason, Live, Watched
 from services.api_gateway.pace import SPACING_SECONDS, Pace
 from services.api_gateway.problems import Problem
+from services.api_gateway.refusals import refused
 from shared import logs
 from shared.clock import utc_now
 
@@ -68,10 +70,22 @@ class Places:
     def __init__(self, places_max: int) -> None:
         self._places_max = places_max
         self._taken: Counter[str] = Counter()
+        self.episode = Episode(
+            "streams_refused",
+            "streams_refused_no_more",
+            says="too many streams, new ones refused",
+            advice="start another gateway, or raise GATEWAY_STREAMS_MAX where there is memory",
+        )
+
+    async def check_readiness(self) -> str | None:
+        """Say for readiness whether streams are refused; those that are open are served."""
+        return self.episode.note()
 
     def check(self) -> None:
         """Raise Problem when all places are taken."""
         if self._taken.total() >= self._places_max:
+            refused("streams")
+            self.episode.refuse(streams_max=self._places_max)
             raise Problem(problems.OVERLOADED, "There are too many streams. Try again soon.")
 
     def take(self, subject: str) -> None:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from services.api_gateway import problems, queries, replica
 from services.api_gateway.admission import Admission
+from services.api_gateway.doubts import Doubts
 from services.api_gateway.queries import Source
 from services.api_gateway.valuation import Holdings, Portfolio, Quote, market_text
 from shared import health, logs
@@ -120,6 +121,7 @@ class Live:
         self._is_heard = False
         self._is_doubtful = False
         """Something was heard that was not believed."""
+        self._doubts = Doubts()
         self._heard_at = time.monotonic()
         self._prices_read_at = time.monotonic()
         self._readings = 0
@@ -195,8 +197,8 @@ class Live:
                 else:
                     self._doubt(subject, "confirmed_at is in the future")
         except ValidationError as error:
-            reason = str(error.errors()[0]["msg"])
-            log.warning("message_malformed", subject=subject, reason=reason, size=len(payload))
+            self._doubts.add_malformed(subject, payload, error)
+            self._is_doubtful = True
 
     def interrupted(self) -> None:
         self._is_heard = False
@@ -207,9 +209,8 @@ class Live:
         self._read_prices_soon()
 
     def _doubt(self, subject: str, reason: str) -> None:
-        """Do not believe a message, and read soon what the table has; said once until then."""
-        if not self._is_doubtful:
-            log.warning("message_doubtful", subject=subject, reason=reason)
+        """Do not believe a message, and read soon what the table has."""
+        self._doubts.add(subject, reason)
         self._is_doubtful = True
 
     def _hear_tick(self, quote: Quote, tick: PriceTick) -> None:

@@ -26,7 +26,8 @@ refusals = Counter(
 )
 held_back = Gauge("gateway_refusals_held_back", "Refusals that wait to be sent")
 _by_reason = {
-    reason: refusals.labels(reason) for reason in ("overload", "in_flight", "user_rate", "connections")
+    reason: refusals.labels(reason)
+    for reason in ("overload", "in_flight", "user_rate", "connections", "streams")
 }
 
 

@@ -58,7 +58,7 @@ REQUESTS = {
     SNAPSHOT_REQUESTED: "SnapshotTaken",
 }
 """Which answer a request has."""
-MALFORMED = ("snapshot_message_malformed", "message_put_aside")
+MALFORMED = ("message_put_aside",)
 """What is said of messages that can never be handled."""
 REFUSALS = {"400", "403", "404", "413", "429", "503"}
 

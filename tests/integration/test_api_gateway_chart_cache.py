@@ -13,7 +13,6 @@ from zoneinfo import ZoneInfo
 
 import aiohttp
 import pytest
-from prometheus_client import REGISTRY
 
 from local.servers import nats_server
 from services.api_gateway import queries
@@ -35,6 +34,7 @@ from shared.messages import (
 )
 from tests.factories import add_snapshot, create_user, set_position, set_price
 from tests.gateway import Answer, Gateway, bearer, running
+from tests.metrics import sample
 from tests.waiting import eventually
 
 T = TypeVar("T")
@@ -573,7 +573,7 @@ async def test_memory_is_bounded_and_the_chart_not_looked_at_for_longest_goes(
     for user in users:
         await create_user(database, user)
     charts = new_charts(watched, news, bytes_max=16 * 1024)  # 12 KB for live charts of some 2.6 KB
-    before = REGISTRY.get_sample_value("gateway_chart_cache_evictions_total") or 0
+    before = sample("gateway_chart_cache_evictions_total")
     asked = [Asked(user, Timeframe.ONE_DAY) for user in users]
     for one in asked[:4]:
         await text(charts, NOW, one)
@@ -583,9 +583,9 @@ async def test_memory_is_bounded_and_the_chart_not_looked_at_for_longest_goes(
         charts.kept(asked[0], NOW)
     kept = [user for user, one in zip(users, asked, strict=True) if charts.kept(one, NOW) is not None]
     assert kept == ["user0", "user5", "user6", "user7"]
-    assert REGISTRY.get_sample_value("gateway_chart_cache_evictions_total") == before + 4
-    assert REGISTRY.get_sample_value("gateway_chart_cache_entries") == 4
-    assert (REGISTRY.get_sample_value("gateway_chart_cache_bytes") or 0) <= 12 * 1024
+    assert sample("gateway_chart_cache_evictions_total") == before + 4
+    assert sample("gateway_chart_cache_entries") == 4
+    assert sample("gateway_chart_cache_bytes") <= 12 * 1024
     await charts.close()
 
 
@@ -615,7 +615,7 @@ async def test_hits_and_misses_are_counted_by_layer(database: Database, charts: 
 
     def counted() -> list[float]:
         return [
-            REGISTRY.get_sample_value(f"gateway_chart_cache_{what}_total", {"layer": layer}) or 0
+            sample(f"gateway_chart_cache_{what}_total", layer=layer)
             for what in ("hits", "misses")
             for layer in ("answer", "points")
         ]
@@ -782,13 +782,13 @@ async def test_chart_without_nats_is_never_older_than_a_second(
 
 async def test_a_thousand_requests_at_once_are_one_reading(database: Database, gateway: Gateway) -> None:
     await create_user(database)
-    before = REGISTRY.get_sample_value("gateway_chart_cache_misses_total", {"layer": "points"}) or 0
+    before = sample("gateway_chart_cache_misses_total", layer="points")
     headers = bearer()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1000)) as session:
         many = Gateway(gateway.port, session)
         answers = await asyncio.gather(*(many.ask("GET", CHART, headers=headers) for _ in range(1000)))
     assert {answer.status for answer in answers} == {200}
-    after = REGISTRY.get_sample_value("gateway_chart_cache_misses_total", {"layer": "points"})
+    after = sample("gateway_chart_cache_misses_total", layer="points")
     assert after == before + 1
 
 

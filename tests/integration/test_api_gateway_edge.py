@@ -14,6 +14,7 @@ from services.api_gateway.responses import Health, ProblemDetails
 from shared.database import Database
 from tests.factories import create_user
 from tests.gateway import POOL, Gateway, bearer, running
+from tests.metrics import sample
 from tests.waiting import eventually
 
 CURRENT = "/api/portfolio/current"
@@ -91,7 +92,7 @@ async def test_health_needs_no_token(gateway: Gateway) -> None:
     ready = await gateway.get("/readyz", None)
     assert ready.status == 200
     assert ready.json()["checks"] == dict.fromkeys(
-        ("postgres", "notifications", "load", "connections", "user_rates"), "ok"
+        ("postgres", "notifications", "load", "connections", "user_rates", "streams"), "ok"
     )
 
 
@@ -148,7 +149,7 @@ async def test_request_leaves_one_line_without_its_query_or_token(
 
 
 def idle_connections() -> float:
-    return REGISTRY.get_sample_value("database_connections", {"pool": POOL, "state": "idle"}) or 0.0
+    return sample("database_connections", pool=POOL, state="idle")
 
 
 async def test_requests_are_counted_by_route_and_status(gateway: Gateway) -> None:

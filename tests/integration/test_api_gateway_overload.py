@@ -7,21 +7,17 @@ from contextlib import asynccontextmanager, suppress
 
 import aiohttp
 import pytest
-from prometheus_client import REGISTRY
 
 from services.api_gateway import admission, episodes, refusals
 from shared.bus import Bus
 from shared.database import Database
 from tests.factories import create_user
 from tests.gateway import Answer, Gateway, bearer, running, token
+from tests.metrics import sample
 from tests.waiting import eventually
 
 CURRENT = "/api/portfolio/current"
 CHART = "/api/portfolio/performance"
-
-
-def sample(name: str, **labels: str) -> float:
-    return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
 @asynccontextmanager

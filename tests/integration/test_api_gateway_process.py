@@ -24,7 +24,17 @@ from tests.waiting import eventually
 
 CURRENT = "/api/portfolio/current"
 NOWHERE = "nats://127.0.0.1:9"
-CHECKS = ("postgres", "schema", "nats", "clock", "notifications", "load", "connections", "user_rates")
+CHECKS = (
+    "postgres",
+    "schema",
+    "nats",
+    "clock",
+    "notifications",
+    "load",
+    "connections",
+    "user_rates",
+    "streams",
+)
 
 
 def free_port() -> int:

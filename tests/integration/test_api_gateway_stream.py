@@ -18,7 +18,6 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examined
 from hypothesis import strategies as st
-from prometheus_client import REGISTRY
 from pydantic import BaseModel
 
 from services.api_gateway import live
@@ -41,6 +40,7 @@ from shared.messages import (
 from tests.factories import create_user, set_position, set_price
 from tests.gateway import Gateway, bearer, running, token
 from tests.market import closed_now, open_now
+from tests.metrics import sample
 from tests.streams import PATH, sse, trade, websocket
 from tests.waiting import eventually
 
@@ -64,7 +64,7 @@ async def demo(database: Database) -> int:
 
 
 def streams_open() -> float:
-    return REGISTRY.get_sample_value("gateway_streams_open", {"transport": "sse"}) or 0
+    return sample("gateway_streams_open", transport="sse")
 
 
 async def current(gateway: Gateway) -> Any:
@@ -405,7 +405,11 @@ async def test_streams_that_are_asked_for_at_once_are_bounded_too(gateway: Gatew
 async def test_a_gateway_has_a_bounded_number_of_streams(database_url: str, bus: Bus) -> None:
     async with running(database_url, bus=bus, gateway_streams_max=1) as gateway, sse(gateway) as stream:
         await stream.next()
+        before = sample("gateway_requests_refused_total", reason="streams")
         assert (await gateway.get(PATH)).status == 503
+        assert sample("gateway_requests_refused_total", reason="streams") == before + 1
+        ready = (await gateway.get("/readyz", None)).json()
+        assert ready["checks"]["streams"].startswith("too many streams, new ones refused: 1 in 0 s")
 
 
 # ---- WebSocket -----------------------------------------------------------------------------------
@@ -477,7 +481,7 @@ async def test_a_client_that_does_not_read_is_held_back_and_nobody_else(
     )
 
     def held_back() -> float:
-        return REGISTRY.get_sample_value("gateway_stream_held_back_total") or 0
+        return sample("gateway_stream_held_back_total")
 
     before = held_back()
     lazy = socket.socket()

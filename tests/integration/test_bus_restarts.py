@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from prometheus_client import REGISTRY
 
 from local.servers import NatsNode, nats_node
 from services.snapshotter import timer
@@ -16,12 +15,8 @@ from shared.bus import Bus, Unanswered
 from shared.clock import utc_now
 from shared.messages import ALL_PRICES, TIMER, Message, Probe, SnapshotDue
 from tests.integration.test_bus import Heard, listening
+from tests.metrics import sample
 from tests.waiting import eventually
-
-
-def metric(name: str) -> float:
-    return REGISTRY.get_sample_value(name) or 0.0
-
 
 RESTARTS = 20
 RECOVERY_SECONDS_MAX = 10.0
@@ -153,9 +148,9 @@ async def test_services_start_before_their_server(tmp_path: Path) -> None:
             starting = tasks.create_task(starts(node.url))
 
             async def has_tried() -> bool:
-                return metric("bus_problems_total") > problems
+                return sample("bus_problems_total") > problems
 
-            problems = metric("bus_problems_total")
+            problems = sample("bus_problems_total")
             await eventually(has_tried)
             assert not starting.done()
             node.start()

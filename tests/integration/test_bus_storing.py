@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from local.servers import NatsNode, nats_node
@@ -22,6 +21,7 @@ from shared.messages import TIMER
 from shared.publishing import LATE, LOST, NO_STREAM
 from shared.storing import Storing
 from tests.conftest import ROOT
+from tests.metrics import sample
 from tests.waiting import eventually
 
 DISK_BYTES = 8 * 1024 * 1024
@@ -46,10 +46,6 @@ def fill(folder: Path) -> Path:
     filler = folder / "filler"
     filler.write_bytes(bytes(state.f_bavail * state.f_frsize))
     return filler
-
-
-def metric(name: str, **labels: str) -> float:
-    return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
 async def publish(bus: Bus) -> bool:
@@ -105,7 +101,7 @@ async def test_full_disk_is_said_until_what_is_published_is_stored_again(
             assert await publish(bus)
             acknowledged += 1
             assert health_check(node) == 0
-            silent = metric("bus_publishes_unacknowledged_total", stream="TIMER", why="silent")
+            silent = sample("bus_publishes_unacknowledged_total", stream="TIMER", why="silent")
             filler = fill(small_disk)
 
             async def is_refused() -> bool:
@@ -122,8 +118,8 @@ async def test_full_disk_is_said_until_what_is_published_is_stored_again(
                 told.append(str(await bus.check()))
             assert all("JetStream does not store what is published to" in each for each in told), told
             assert all("TIMER" in each for each in told), told
-            assert metric("bus_publishes_unacknowledged_total", stream="TIMER", why="silent") == silent + 3
-            assert metric("bus_storing", stream="TIMER") == 0
+            assert sample("bus_publishes_unacknowledged_total", stream="TIMER", why="silent") == silent + 3
+            assert sample("bus_storing", stream="TIMER") == 0
             await finds_out(node)
             assert node.process is not None
             assert health_check(node) == 1
@@ -140,7 +136,7 @@ async def test_full_disk_is_said_until_what_is_published_is_stored_again(
 
             await eventually(is_well, timeout=15)
             assert await bus.check() is None
-            assert metric("bus_storing", stream="TIMER") == 1
+            assert sample("bus_storing", stream="TIMER") == 1
             state = (await listener._client.jetstream().stream_info(TIMER.name)).state
             assert state.messages >= acknowledged + 1  # what was not acknowledged may be there as well
     said = [line for line in logs if line["event"] == "bus_does_not_store" and line["stream"] == "TIMER"]

@@ -13,12 +13,12 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
-from prometheus_client import REGISTRY
 
 from local.servers import Server, postgres
 from shared import database as databases
 from shared.database import Connection, Database, DatabaseUnavailable
 from tests.integration.test_api_gateway_faults import frozen
+from tests.metrics import sample
 from tests.servers import chosen_backend
 from tests.waiting import eventually
 
@@ -61,8 +61,7 @@ def sockets_to(server: Server) -> int:
 
 
 def counted(reason: str) -> float:
-    labels = {"pool": "faults", "reason": reason}
-    return REGISTRY.get_sample_value("database_unavailable_total", labels) or 0
+    return sample("database_unavailable_total", pool="faults", reason=reason)
 
 
 async def is_well(database: Database) -> bool:
@@ -404,11 +403,11 @@ async def test_full_disk_loses_nothing_and_all_goes_on_when_there_is_room(
 
 async def test_connections_are_counted(own_postgres: Server) -> None:
     def connections(state: str) -> float | None:
-        return REGISTRY.get_sample_value("database_connections", {"pool": "faults", "state": state})
+        return sample("database_connections", pool="faults", state=state)
 
     async with connected(own_postgres, connections_max=2) as database:
         async with database.transaction():
             assert (connections("in_use"), connections("idle")) == (1, 1)
         assert (connections("in_use"), connections("idle")) == (0, 2)
-        assert REGISTRY.get_sample_value("database_connections_max", {"pool": "faults"}) == 2
+        assert sample("database_connections_max", pool="faults") == 2
     assert connections("idle") is None
