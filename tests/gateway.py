@@ -21,6 +21,7 @@ from services.api_gateway.settings import Settings
 from shared import database as databases
 from shared import health
 from shared.bus import Bus
+from shared.clock import Now, utc_now
 from shared.database import Database
 from shared.market_calendar import Calendar
 from shared.market_hours import MarketHours
@@ -106,14 +107,15 @@ async def running(
     bus: Bus | None = None,
     hours: MarketHours | None = None,
     hears: bool = True,
+    now: Now = utc_now,
     chart_library: Path = pages.LIBRARY_FILE,
     **settings: Any,
 ) -> AsyncIterator[Gateway]:
     """Run a gateway; `settings` go on top of the defaults and a shared secret.
 
     Without a bus it keeps no chart, so that a test may write to the database and ask at once. Without `hours`
-    the market is open, whenever the test runs. Unless it `hears`, nobody need be there to be heard. A user may
-    ask as often as the test likes.
+    the market is open, whenever the test runs; `now` is the time that the replicas have. Unless it `hears`, nobody
+    need be there to be heard. A user may ask as often as the test likes.
     """
     keeping = {} if bus else {"gateway_chart_cache_megabytes": 0}
     trust = {} if "jwt_jwks_url" in settings else {"jwt_secret": SecretStr(SECRET)}
@@ -138,7 +140,7 @@ async def running(
         app.serving(
             loaded,
             app.Resources(
-                source, verifier, used_bus, Calendar(hours or open_now()), _checks(database, source)
+                source, verifier, used_bus, Calendar(hours or open_now()), _checks(database, source), now
             ),
             chart_library=chart_library,
         ) as served,

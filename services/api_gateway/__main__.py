@@ -69,7 +69,9 @@ async def serve(settings: Settings, stop: Stop) -> None:
             checks["read_replica"] = source.check
         calendar = Calendar()
         async with (
-            app.serving(settings, app.Resources(source, verifier, bus, calendar, checks)) as served,
+            app.serving(
+                settings, app.Resources(source, verifier, bus, calendar, checks, shared_clock.now)
+            ) as served,
             health.serving(
                 "api_gateway",
                 settings.health_host,

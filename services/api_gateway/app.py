@@ -23,9 +23,10 @@ from services.api_gateway.pace import Pace
 from services.api_gateway.replica import Reads
 from services.api_gateway.settings import Settings
 from services.api_gateway.user_rates import UserRates
+from shared import clock, health
 from shared import database as databases
-from shared import health
 from shared.bus import Bus
+from shared.clock import Now
 from shared.database import Database
 from shared.lifecycle import STOP_GRACE_SECONDS
 from shared.market_calendar import Calendar
@@ -40,6 +41,8 @@ class Resources:
     bus: Bus
     calendar: Calendar
     checks: Mapping[str, health.Check]
+    now: Now = clock.utc_now
+    """The time that all replicas have. Tokens alone are judged by this machine's."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ async def serving(
     connected = Connections(settings.gateway_connections_max)
     places = Places(settings.gateway_streams_max)
     leaving = Leaving()
-    watched = Live(database, resources.calendar, admission)
+    watched = Live(database, resources.calendar, admission, now=resources.now)
     notifications = Notifications(watched)
     checks = {
         **resources.checks,
@@ -100,6 +103,7 @@ async def serving(
     app[portfolio.DATABASE] = database
     app[portfolio.VERIFIER] = resources.verifier
     app[portfolio.CALENDAR] = resources.calendar
+    app[portfolio.NOW] = resources.now
     app[portfolio.CHARTS] = kept_charts = Charts(
         database,
         ZoneInfo(settings.market_timezone),

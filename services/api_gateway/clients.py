@@ -27,7 +27,6 @@ from services.api_gateway.pace import SPACING_SECONDS, Pace
 from services.api_gateway.problems import Problem
 from services.api_gateway.refusals import refused
 from shared import logs
-from shared.clock import utc_now
 
 STREAMS_PER_USER_MAX = 20
 RETRY_MS = 2000
@@ -141,7 +140,7 @@ class Client:
         self._live.add(self._watched, self)
         self.next_at = asyncio.get_running_loop().time() + SPACING_SECONDS
         if not self._send_changes():
-            self._send_heartbeat(utc_now())
+            self._send_heartbeat(self._live.now())
 
     def leave(self) -> None:
         """Give everything back; called once."""
@@ -169,7 +168,7 @@ class Client:
             return
         if self._transport.is_closing():
             self.finish(None)
-        elif now.timestamp() >= self._expires_at:
+        elif time.time() >= self._expires_at:
             self.end("token_expired")
         elif asyncio.get_running_loop().time() >= self._sent_at + self._heartbeat_seconds:
             self._send_heartbeat(now)
@@ -188,7 +187,7 @@ class Client:
         """Send what has changed since the client's version; tell whether there was anything."""
         portfolio = self._watched.portfolio
         assert portfolio is not None
-        now = utc_now()
+        now = self._live.now()
         version = portfolio.settle()
         if self._key == portfolio.key and portfolio.is_known(self._version):
             if self._version == version:

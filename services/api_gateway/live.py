@@ -19,7 +19,7 @@ from services.api_gateway.doubts import Doubts
 from services.api_gateway.queries import Source
 from services.api_gateway.valuation import Holdings, Portfolio, Quote, market_text
 from shared import health, logs
-from shared.clock import utc_now, wait_for_stop
+from shared.clock import Now, utc_now, wait_for_stop
 from shared.database import DatabaseUnavailable, SchemaMissing
 from shared.freshness import market_moment, price_status
 from shared.market_calendar import Calendar
@@ -104,11 +104,15 @@ class Watched:
 class Live:
     """All watched portfolios. Hears the bus; `run` does what takes time."""
 
-    def __init__(self, database: Source, calendar: Calendar, admission: Admission) -> None:
+    def __init__(
+        self, database: Source, calendar: Calendar, admission: Admission, *, now: Now = utc_now
+    ) -> None:
+        """Judge times by `now`, which all replicas should have alike."""
+        self.now = now
         self._database = database
         self._admission = admission
         self._calendar = calendar
-        self._moment = market_moment(calendar.hours, utc_now())
+        self._moment = market_moment(calendar.hours, now())
         self._market = market_text(self._moment)
         self._by_subject: dict[str, Watched] = {}
         self._by_user: dict[int, Watched] = {}
@@ -192,7 +196,7 @@ class Live:
                     self._hear_tick(quote, tick)
             elif subject == PRICES_CONFIRMED:
                 confirmed = PricesConfirmed.model_validate_json(payload)
-                if confirmed.confirmed_at <= utc_now() + FUTURE_MAX:
+                if confirmed.confirmed_at <= self.now() + FUTURE_MAX:
                     self._confirm(confirmed)
                 else:
                     self._doubt(subject, "confirmed_at is in the future")
@@ -215,7 +219,7 @@ class Live:
 
     def _hear_tick(self, quote: Quote, tick: PriceTick) -> None:
         jump_max = BIGINT_MAX if quote.symbol in self._unread else SEQUENCE_JUMP_MAX
-        if tick.received_at > utc_now() + FUTURE_MAX:
+        if tick.received_at > self.now() + FUTURE_MAX:
             self._doubt(price_subject(tick.symbol), "received_at is in the future")
         elif tick.sequence > quote.sequence + jump_max:
             self._doubt(price_subject(tick.symbol), "its sequence is far ahead of the last one")
@@ -410,7 +414,7 @@ class Live:
 
     async def _look_every_second(self, stop: asyncio.Event) -> None:
         while not await wait_for_stop(stop, LOOK_SECONDS):
-            self.look(utc_now())
+            self.look(self.now())
 
     def look(self, now: datetime) -> None:
         """Bring to light what time has changed, and forget what nobody watches."""

@@ -14,7 +14,7 @@ from services.api_gateway.performance import Timeframe
 from services.api_gateway.problems import INVALID_UNTIL, UNEXPECTED_PARAMETER, UNKNOWN_TIMEFRAME, Problem
 from services.api_gateway.queries import Source
 from services.api_gateway.user_rates import UserRates
-from shared.clock import utc_now
+from shared.clock import Now
 from shared.freshness import market_moment
 from shared.market_calendar import Calendar
 
@@ -22,6 +22,7 @@ DATABASE: web.AppKey[Source] = web.AppKey("DATABASE")
 VERIFIER = web.AppKey("VERIFIER", Verifier)
 CHARTS = web.AppKey("CHARTS", Charts)
 CALENDAR = web.AppKey("CALENDAR", Calendar)
+NOW: web.AppKey[Now] = web.AppKey("NOW")
 ADMISSION = web.AppKey("ADMISSION", Admission)
 USER_RATES = web.AppKey("USER_RATES", UserRates)
 
@@ -51,7 +52,7 @@ async def current(request: web.Request) -> Finished:
     subject = (await identity(request)).subject
     parameters(request, allowed=())
     with request.app[ADMISSION].place():
-        now = utc_now()
+        now = request.app[NOW]()
         moment = market_moment(request.app[CALENDAR].hours, now)
         found = await queries.current_portfolio(request.app[DATABASE], subject, now, moment)
     if found is None:
@@ -67,7 +68,7 @@ async def current(request: web.Request) -> Finished:
 async def chart(request: web.Request) -> Finished:
     """Answer `GET /api/portfolio/performance`."""
     subject = (await identity(request)).subject
-    charts, now = request.app[CHARTS], utc_now()
+    charts, now = request.app[CHARTS], request.app[NOW]()
     timeframe = _PLAIN_QUERIES.get(request.rel_url.raw_query_string)
     if timeframe is not None:
         asked = charts.asked(subject, timeframe, None)

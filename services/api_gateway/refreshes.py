@@ -10,7 +10,6 @@ from services.api_gateway.problems import Kind, Problem
 from services.api_gateway.streams import BUS
 from services.api_gateway.valuation import instant_text
 from shared.bus import Bus, Refused, Unanswered
-from shared.clock import utc_now
 from shared.messages import (
     REFRESH_REQUESTED,
     SNAPSHOT_REQUESTED,
@@ -34,7 +33,7 @@ async def snapshot(request: web.Request) -> web.Response:
     """Answer `POST /api/portfolio/snapshots`."""
     ends_at = _ends_at(request)
     user_id = await _user_id(request)
-    message = SnapshotRequested(user_id=user_id, requested_at=utc_now())
+    message = SnapshotRequested(user_id=user_id, requested_at=request.app[portfolio.NOW]())
     try:
         taken = await _taken(request.app[BUS], message, ends_at)
     except Refused as refusal:
@@ -52,7 +51,7 @@ async def prices(request: web.Request) -> web.Response:
     """Answer `POST /api/portfolio/refresh-prices`."""
     ends_at = _ends_at(request)
     user_id = await _user_id(request)
-    message = RefreshRequested(user_id=user_id, requested_at=utc_now())
+    message = RefreshRequested(user_id=user_id, requested_at=request.app[portfolio.NOW]())
     try:
         refreshed = await request.app[BUS].request(
             REFRESH_REQUESTED, message, PricesRefreshed, timeout_seconds=_seconds_until(ends_at)

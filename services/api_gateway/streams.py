@@ -13,7 +13,6 @@ from services.api_gateway.pace import Pace
 from services.api_gateway.problems import Problem
 from services.api_gateway.valuation import instant_text
 from shared.bus import Bus
-from shared.clock import utc_now
 
 TICKET_PARAMETER, LAST_EVENT_ID_PARAMETER = "ticket", "last_event_id"
 
@@ -32,7 +31,7 @@ async def ticket(request: web.Request) -> web.Response:
     identity = await portfolio.identity(request)
     portfolio.parameters(request, allowed=())
     issued, expires_at = await tickets.issued(
-        request.app[BUS], identity, utc_now(), seconds_max=request.app[BUS_SECONDS_MAX]
+        request.app[BUS], identity, request.app[portfolio.NOW](), seconds_max=request.app[BUS_SECONDS_MAX]
     )
     body = orjson.dumps({"ticket": issued, "expires_at": instant_text(expires_at)})
     return web.Response(status=201, body=body, headers={"Content-Type": "application/json"})
@@ -78,7 +77,7 @@ async def _identity(request: web.Request, parameters: dict[str, str]) -> Identit
     if hdrs.AUTHORIZATION in request.headers:
         raise Problem(problems.TICKET_INVALID, "Send a ticket or an Authorization header, not both.")
     return await tickets.redeemed(
-        request.app[BUS], given, utc_now(), seconds_max=request.app[BUS_SECONDS_MAX]
+        request.app[BUS], given, request.app[portfolio.NOW](), seconds_max=request.app[BUS_SECONDS_MAX]
     )
 
 

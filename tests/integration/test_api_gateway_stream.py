@@ -27,6 +27,7 @@ from services.api_gateway.responses import CurrentPortfolio, Heartbeat, Portfoli
 from shared.bus import Bus, Outgoing
 from shared.clock import utc_now
 from shared.database import Database, DatabaseUnavailable
+from shared.database_clock import DatabaseClock
 from shared.market_calendar import Calendar
 from shared.messages import (
     PRICES_CONFIRMED,
@@ -410,6 +411,23 @@ async def test_a_gateway_has_a_bounded_number_of_streams(database_url: str, bus:
         assert sample("gateway_requests_refused_total", reason="streams") == before + 1
         ready = (await gateway.get("/readyz", None)).json()
         assert ready["checks"]["streams"].startswith("too many streams, new ones refused: 1 in 0 s")
+
+
+@pytest.mark.usefixtures("demo")
+@pytest.mark.parametrize(("goes_by_the_database", "status"), [(True, "live"), (False, "stale")])
+async def test_a_clock_that_is_an_hour_ahead_makes_no_price_old(
+    database: Database, database_url: str, bus: Bus, *, goes_by_the_database: bool, status: str
+) -> None:
+    def ahead() -> datetime:
+        return utc_now() + timedelta(hours=1)
+
+    shared = DatabaseClock(database, own=ahead)
+    assert await shared.read()
+    now = shared.now if goes_by_the_database else ahead
+    async with running(database_url, bus=bus, now=now) as gateway, sse(gateway) as stream:
+        asked, shown = await current(gateway), (await stream.next()).data
+        for found in (asked, shown):
+            assert {position["price_status"] for position in found["positions"]} == {status}
 
 
 # ---- WebSocket -----------------------------------------------------------------------------------

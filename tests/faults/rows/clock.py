@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import aiohttp
-import jwt
 
 from shared.clock import utc_now
 from tests.faults import clocks
@@ -21,6 +21,7 @@ from tests.faults.system import Options, System
 from tests.waiting import eventually
 
 HOUR = timedelta(hours=1)
+DAY_SECONDS = 86_400
 CLOSE = timedelta(seconds=5)
 SLOTS = 6
 READ_SECONDS_MAX = 15.0
@@ -43,7 +44,7 @@ WHERE timestamp > clock_timestamp() + interval '5 seconds'
 
 async def _leaps(system: System, life: Life) -> str:
     # A gateway goes by its own clock when it judges tokens; the readers' would not last.
-    life.readers.token_seconds = 86_400
+    life.readers.token_seconds = DAY_SECONDS
     seen = []
     for name, services in (
         ("snapshotter", [system.services["snapshotter"][0]]),
@@ -69,6 +70,7 @@ async def _leap(system: System, services: Sequence[Service], ahead: timedelta) -
         if service is not system.market:
             await eventually(partial(_notes_its_clock, service, ahead), timeout=READ_SECONDS_MAX, every=0.2)
     await next_slots(SLOTS)
+    await _check_ages(system)
     async with session(system) as connection:
         assert not await connection.fetchval(_STRAY), "a slot was stored ahead of its time"
         newest = await connection.fetchval("SELECT max(timestamp) FROM portfolio_snapshots")
@@ -79,6 +81,17 @@ async def _leap(system: System, services: Sequence[Service], ahead: timedelta) -
         system.clocks[service.name].set_ahead(timedelta(0))
     await eventually(partial(_is_confirmed_now, system), timeout=READ_SECONDS_MAX, every=0.2)
     await next_slots(2)
+
+
+async def _check_ages(system: System) -> None:
+    """Check that no gateway takes prices for an hour older than they are."""
+    holder = next(user for user in system.population.active if user.shares)
+    token = system.token(holder.subject, lasts_seconds=DAY_SECONDS)
+    for gateway, port in system.gateway_ports.items():
+        found = await _current(system, port, token)
+        assert found["positions"], found
+        statuses = {position["price_status"] for position in found["positions"]}
+        assert "stale" not in statuses, f"{gateway} shows prices as {statuses}"
 
 
 async def _notes_its_clock(service: Service, ahead: timedelta) -> bool:
@@ -119,17 +132,19 @@ async def _change(system: System, _: Life, *, at: datetime, opens: str) -> str:
 
 async def _next_open(system: System) -> str:
     """Return when the market opens next, as a gateway says."""
-    user = system.population.active[0]
-    port = next(iter(system.gateway_ports.values()))
-    expires_at = int((utc_now() + HOUR).timestamp())
-    token = jwt.encode({"sub": user.subject, "exp": expires_at}, system.jwt_secret, "HS256")
+    token = system.token(system.population.active[0].subject, lasts_seconds=DAY_SECONDS)
+    found = await _current(system, next(iter(system.gateway_ports.values())), token)
+    return str(found["market"]["next_open"])
+
+
+async def _current(system: System, port: int, token: str) -> Any:
     async with system.http.get(
         f"http://127.0.0.1:{port}/api/portfolio/current",
         headers={"Authorization": f"Bearer {token}"},
         timeout=aiohttp.ClientTimeout(total=10),
     ) as answer:
         assert answer.status == 200, f"{answer.status}"
-        return str((await answer.json())["market"]["next_open"])
+        return await answer.json()
 
 
 def _true_clocks(_: Path) -> Options:
