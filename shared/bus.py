@@ -640,19 +640,19 @@ class Bus:
     def _say_problem(self, problem: str) -> None:
         """Log each problem once until all is well again; a refused password outlasts the resets that follow it."""
         if problem not in self._said and not self._closing and len(self._said) < PROBLEMS_SAID_MAX:
-            log.warning("bus_problem", problem=problem, **_advice(problem))
+            log.warning("bus_problem", problem=problem, advice=_advice(problem))
             bus_metrics.problems.inc()
             self._said.add(problem)
         if "uthorization" not in self._problem or "uthorization" in problem:
             self._problem = problem
 
 
-def _advice(problem: str) -> dict[str, str]:
-    """Say what to do about a problem, where that is known."""
+def _advice(problem: str) -> str:
+    """Say what to do about a problem."""
     for sign, advice in _ADVICE.items():
         if sign in problem:
-            return {"advice": advice}
-    return {}
+            return advice
+    return "see nats-server and the network to it; this heals by itself"
 
 
 def _servers_and_credentials(url: str) -> tuple[list[str], dict[str, Any]]:

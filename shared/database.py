@@ -52,6 +52,9 @@ unavailable = Counter(
     "Statements that PostgreSQL did not carry out, by pool and reason",
     ["pool", "reason"],
 )
+second_tries = Counter(
+    "database_second_tries", "Statements that were tried once more, as their connection was gone", ["pool"]
+)
 turn_seconds = Histogram(
     "database_turn_seconds",
     "Time that statements waited for a connection while all were in use",
@@ -224,7 +227,7 @@ class Database:
             try:
                 return await self._attempt(work, began_at)
             except _CONNECTION_GONE:
-                await self._end_idle()
+                await self._find_gone()
                 remaining = began_at + CONNECT_TIMEOUT_SECONDS + seconds_max - time.monotonic()
                 async with asyncio.timeout(remaining):
                     return await self._attempt(work, time.monotonic())
@@ -364,6 +367,11 @@ class Database:
         if _is_open(connection):
             connection.terminate()
 
+    async def _find_gone(self) -> None:
+        """Prepare for a second try after a connection was found to be gone."""
+        second_tries.labels(self.name).inc()
+        await self._end_idle()
+
     async def _end_idle(self) -> None:
         """End all connections that are not in use: what has ended one of them has most likely ended them all."""
         for connection in self._kept[:]:
@@ -423,7 +431,7 @@ class Database:
         try:
             return await self._begin_on(await self._borrow(began_at))
         except _CONNECTION_GONE:
-            await self._end_idle()
+            await self._find_gone()
             return await self._begin_on(await self._borrow(began_at))
 
     async def _begin_on(self, connection: Connection) -> tuple[Connection, Transaction]:

@@ -203,7 +203,12 @@ class Hosts:
             connection.terminate()
         if known is not None and known != standing:
             primaries_followed.inc()
-            log.warning("database_primary_changed", primary=str(primary), timeline=standing.timeline)
+            log.warning(
+                "database_primary_changed",
+                primary=str(primary),
+                timeline=standing.timeline,
+                advice="see that the old primary is shut down, then bring it back as a replica",
+            )
 
 
 _known: WeakValueDictionary[str, Hosts] = WeakValueDictionary()

@@ -49,6 +49,8 @@ class Lease:
         self._held_until = 0.0
         self._over = asyncio.Event()
         self._standby_for: str | None = None
+        self._ran_out_for: str | None = None
+        """Who had the lease before, and neither renewed nor released it."""
         self._said_standby = False
 
     @property
@@ -88,7 +90,7 @@ class Lease:
                 continue
             self._over = over = asyncio.Event()
             metrics.LEASE_HELD.set(1)
-            log.info("lease_acquired", term=self.term.number)
+            self._say_acquired()
             keeping = [asyncio.create_task(self._renew()), asyncio.create_task(self._watch(over, stop))]
             try:
                 await work(over)
@@ -112,6 +114,7 @@ class Lease:
             self._term, holder = await queries.acquire_lease(self._database, self._holder, LASTS)
         except _FAILURES:  # readiness says so, and prices_not_updated would say no more
             return False
+        self._ran_out_for = holder if holder != self._holder else None
         if self._term is None:
             self._standby_for = holder
             if not self._said_standby:
@@ -121,6 +124,17 @@ class Lease:
         self._said_standby = False
         self._held_until = asked_at + HELD_SECONDS_MAX
         return self.holds()
+
+    def _say_acquired(self) -> None:
+        if self._ran_out_for is None:
+            log.info("lease_acquired", term=self.term.number)
+        else:
+            log.warning(
+                "lease_acquired",
+                term=self.term.number,
+                ran_out_for=self._ran_out_for,
+                advice="nothing for the prices; that feeder was killed, frozen or cut off from PostgreSQL: see to it",
+            )
 
     async def _renew(self) -> None:
         """Renew for ever; a failure is tried again soon, and a refusal ends the term."""

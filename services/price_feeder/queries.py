@@ -155,7 +155,7 @@ WITH taken AS (
 )
 SELECT
     (SELECT term FROM taken) AS term,
-    (SELECT holder FROM leases WHERE name = $1) AS holder_before
+    (SELECT holder FROM leases WHERE name = $1 AND expires_at > '-infinity') AS holder_before
 """
 
 RENEW_LEASE = """
@@ -245,7 +245,7 @@ async def store_trades(
 
 
 async def acquire_lease(database: Database, holder: str, lasts: timedelta) -> tuple[Term | None, str | None]:
-    """Take the lease if it is free; return the new term, or None, and who had it before."""
+    """Take the lease if it is free; return the new term, or None, and who had it before and did not release it."""
     row = await database.fetch_row(ACQUIRE_LEASE, LEASE, holder, lasts)
     assert row is not None
     term = None if row["term"] is None else Term(holder, row["term"])

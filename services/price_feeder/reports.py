@@ -66,5 +66,10 @@ class Reports:
         }
         if odd != self._rejected:
             shown = dict(islice(sorted(odd.items()), REJECTED_SHOWN_MAX))
-            log.warning("symbols_rejected", count=len(odd), reasons=shown)
+            log.warning(
+                "symbols_rejected",
+                count=len(odd),
+                reasons=shown,
+                advice="their old prices stay: correct tickers that Alpaca does not know; see to garbage if it lasts",
+            )
         self._rejected = odd

@@ -173,7 +173,12 @@ async def handle(worker: Worker, delivery: Delivery) -> None:
         await _postpone_until_due(delivery, due, early)
         return
     if delivery.deliveries > 1:
-        log.warning("snapshot_redelivered", **_slot(due), deliveries=delivery.deliveries)
+        log.warning(
+            "snapshot_redelivered",
+            **_slot(due),
+            deliveries=delivery.deliveries,
+            advice="nothing for the slot; if there are many, see why replicas die, freeze or are stopped",
+        )
     async with _kept_alive(delivery):
         outcome = await _take_or_wait(worker, due, delivery.deliveries)
     if outcome is None:  # the service stops
@@ -263,7 +268,13 @@ def _given_up(
         return "taken"
     if due.scheduled_at < worker.now():
         worker.troubles.happened("skipped", f"slot {slot} was skipped")
-    log.warning("snapshot_skipped", **_slot(due), reason=reason, deliveries=deliveries)
+    log.warning(
+        "snapshot_skipped",
+        **_slot(due),
+        reason=reason,
+        deliveries=deliveries,
+        advice="see what it waited for; with SNAPSHOT_LATE_SECONDS_MAX it may be taken later",
+    )
     return "skipped"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from tests.faults import mix, population
+from tests.faults import mix, population, signs
 from tests.faults.rows.row import Row
 from tests.faults.rows.table import ROWS
 from tests.faults.system import Options, System, running
@@ -68,7 +68,7 @@ async def play_rows(rows: Sequence[Row], folder: Path, seed: int) -> Counter[str
 async def _play(row: Row, system: System, seed: int) -> bool:
     """Play a row, and say in a line what was injected, seen, and found; tell whether all was well."""
     began = time.monotonic()
-    async with mix.lively(system, seed) as life:
+    async with mix.lively(system, seed) as life, signs.looking_out(system, row.signs) as lookout:
         try:
             try:
                 seen, problem = await row.play(system, life), ""
@@ -77,10 +77,13 @@ async def _play(row: Row, system: System, seed: int) -> bool:
         except Exception as error:  # a row that breaks has failed, and those after it are played
             seen, problem = "not what must be seen", _in_words(error)
     verdict = await life.verdict(system)
+    verdict.add("sign", lookout.missing(row.signs))
     is_good = not problem and verdict.is_good
     say(f"{row.number:>3}  {row.name}  ({time.monotonic() - began:.0f} s)")
     say(f"       injected: {row.injected}")
     say(f"       seen:     {seen}")
+    if row.signs:
+        say(f"       shown by: {'; '.join(map(str, row.signs))}")
     say(f"       verdict:  {'ok' if is_good else 'FAILED'}: {verdict}".replace("\n", "\n                 "))
     if problem:
         say(f"                 {problem}")

@@ -30,6 +30,7 @@ from tests.faults.parts import Service
 from tests.faults.readers import DEADLINE_SECONDS, OVERLOAD_RECOVERY_SECONDS_MAX
 from tests.faults.rows.market import control, current
 from tests.faults.rows.row import Row, next_slots, seconds_until, session, total
+from tests.faults.signs import Sign
 from tests.faults.system import System
 from tests.waiting import eventually
 
@@ -479,6 +480,7 @@ ROWS = (
         "slow and vanished HTTP, SSE and WebSocket clients, slow bus consumer",
         "half requests, bytes one by one, answers and streams that nobody reads, a frozen client",
         _slow_clients,
+        signs=(Sign(metric=HELD_BACK),),
     ),
     Row(
         22,
@@ -486,5 +488,6 @@ ROWS = (
         f"{OVERLOAD_CONNECTIONS} connections for {OVERLOAD_SECONDS:g} s",
         _overload,
         needs=_lack_of_files,
+        signs=(Sign("load", 'gateway_requests_refused_total{reason="overload"}', "overload_began"),),
     ),
 )

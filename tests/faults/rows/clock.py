@@ -17,6 +17,7 @@ from tests.faults.mix import Life
 from tests.faults.parts import Service
 from tests.faults.rows.feeders import lease_holder
 from tests.faults.rows.row import Row, confirmed_at, next_slots, session
+from tests.faults.signs import Sign
 from tests.faults.system import Options, System
 from tests.waiting import eventually
 
@@ -163,6 +164,7 @@ ROWS = (
         _leaps,
         _true_clocks,
         clocks.missing,
+        signs=(Sign("clock", "foliotick_clock_apart_seconds", "clock_wrong"),),
     ),
     *(
         Row(

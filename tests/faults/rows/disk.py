@@ -13,6 +13,7 @@ from tests.faults.mix import Life
 from tests.faults.parts import Nats, Postgres
 from tests.faults.population import Population
 from tests.faults.rows.row import Row, next_slots, seconds_to_health
+from tests.faults.signs import Sign
 from tests.faults.system import Options, System, running
 
 POSTGRES_MB, NATS_MB = 400, 200
@@ -102,5 +103,9 @@ ROWS = (
         _disk_full,
         needs=_lacks,
         start=_running_on_small_disks,
+        signs=(
+            Sign("postgres", 'database_unavailable_total{reason="no_room"}', "check_failed"),
+            Sign("nats", "bus_storing", "bus_does_not_store"),
+        ),
     ),
 )

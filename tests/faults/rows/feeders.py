@@ -5,6 +5,7 @@ from functools import partial
 from tests.faults.mix import Life
 from tests.faults.parts import Service
 from tests.faults.rows.row import Row, armed_to_die, metric, seconds_to_prices, tampered_when_armed
+from tests.faults.signs import GONE, Sign
 from tests.faults.system import System
 from tests.waiting import eventually
 
@@ -68,13 +69,17 @@ async def _before_publishing(system: System, _: Life) -> str:
     return f"{died.name} died, prices again {seconds:.1f} s later; the checker compares table and bus"
 
 
+TAKEN_OVER = (Sign(GONE, "price_feeder_lease_held", "lease_acquired"),)
 ROWS = (
-    Row(4, "two of everything", "the feeder with the lease is killed, then frozen", _standby),
+    Row(
+        4, "two of everything", "the feeder with the lease is killed, then frozen", _standby, signs=TAKEN_OVER
+    ),
     Row(
         6,
         "feeder dies between cache write and publish",
         "SIGKILL between the two",
         _before_publishing,
         tampered_when_armed("price_feeder", "die_before_publishing"),
+        signs=TAKEN_OVER,
     ),
 )

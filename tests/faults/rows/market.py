@@ -18,6 +18,7 @@ from tests.faults.parts import Service, frozen
 from tests.faults.population import User
 from tests.faults.rows.feeders import change_lease_holder, lease_holder
 from tests.faults.rows.row import Row, environment, metric, seconds_until, session, total
+from tests.faults.signs import Sign
 from tests.faults.system import MARKET_SEED, System
 from tests.faults.truth import Market
 from tests.waiting import eventually
@@ -496,13 +497,33 @@ ROWS = (
         "429, 503, HTML, empty, 302, reset, byte by byte, silence; killed, frozen; five minutes of silence",
         _bad_answers,
         environment(ALPACA_REQUESTS_PER_MINUTE=str(REQUESTS_PER_MINUTE)),
+        signs=(
+            Sign("rounds", 'price_feeder_rounds_total{outcome="failed"}', "prices_not_updated"),
+            Sign("prices", 'price_feeder_feed_state{state="stale"}', "feed_status"),
+        ),
     ),
     Row(
         16,
         "the market sends garbage",
         "truncated JSON, wrong types, NaN, negative, 0, 1e400, half and malformed frames",
         _garbage,
+        signs=(Sign("rounds", "price_feeder_rejected_symbols_total", "symbols_rejected"),),
     ),
-    Row(17, "missing, unknown, null symbols; a wrong key", "by the market, 401 and 403", _symbols_and_keys),
-    Row(18, "months-old, duplicate, out-of-order trades", "in answers and streams", _old_trades),
+    Row(
+        17,
+        "missing, unknown, null symbols; a wrong key",
+        "by the market, 401 and 403",
+        _symbols_and_keys,
+        signs=(
+            Sign("", 'price_feeder_rejected_symbols_total{reason="missing"}', "symbols_rejected"),
+            Sign("rounds", 'price_feeder_requests_total{outcome="unauthorized"}', "market_data_unauthorized"),
+        ),
+    ),
+    Row(
+        18,
+        "months-old, duplicate, out-of-order trades",
+        "in answers and streams",
+        _old_trades,
+        signs=(Sign("", 'price_feeder_rejected_symbols_total{reason="older"}', "symbols_rejected"),),
+    ),
 )

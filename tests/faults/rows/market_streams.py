@@ -14,6 +14,7 @@ from tests.faults.mix import Life
 from tests.faults.rows.feeders import change_lease_holder
 from tests.faults.rows.market import STREAM, attempts, control, faulty, streams_are_lost, streams_carry
 from tests.faults.rows.row import Row, session, total
+from tests.faults.signs import Sign
 from tests.faults.system import MARKET_SEED, System
 from tests.faults.truth import Market, traded_at
 from tests.waiting import eventually
@@ -134,6 +135,12 @@ async def _second_connection(system: System) -> str:
         "APCA-API-SECRET-KEY": SIMULATED_KEYS["ALPACA_SECRET_KEY"],
     }
     await control(system, "POST", STREAM, {"kind": "drop", "path": STOCKS_PATH})
+
+    async def is_free() -> bool:
+        streams = (await control(system, "GET", "status"))["streams"]
+        return all(stream["path"] != STOCKS_PATH for stream in streams)
+
+    await eventually(is_free)  # long before the feeder comes back
     async with system.http.ws_connect(f"{system.market.health_url}{STOCKS_PATH}", headers=headers) as other:
         greetings = [await other.receive_json() for _ in range(2)]
         assert greetings[1][0]["msg"] == "authenticated", greetings
@@ -208,5 +215,6 @@ ROWS = (
         "streams drop, are mute, frozen, refused (406, 405)",
         "by the market, and a second connection",
         _streams,
+        signs=(Sign("streams", "price_feeder_stream_failures_total", "market_stream_lost"),),
     ),
 )

@@ -12,6 +12,7 @@ from tests.faults.proxy import FAIR, Weather
 from tests.faults.readers import DEADLINE_SECONDS, LATE_SECONDS_MAX
 from tests.faults.rows.feeders import TAKEOVER_SECONDS_MAX
 from tests.faults.rows.row import Row, next_slots, seconds_to_health, seconds_to_prices
+from tests.faults.signs import NATS_AWAY, POSTGRES_AWAY, Sign
 from tests.faults.system import READER, Options, System
 from tests.waiting import eventually
 
@@ -127,5 +128,10 @@ ROWS = (
         f"TCP proxies on {len(LINKS)} kinds of links: 200 ms ± 100, resets, {BLACK_HOLE.seconds:g} s of silence",
         _every_link,
         _through_proxies,
+        signs=(
+            POSTGRES_AWAY,
+            NATS_AWAY,
+            Sign("rounds", 'price_feeder_rounds_total{outcome="failed"}', "prices_not_updated"),
+        ),
     ),
 )

@@ -10,6 +10,7 @@ from shared.messages import TIMER
 from tests.faults.mix import Life
 from tests.faults.parts import Replica
 from tests.faults.rows.row import Row, next_slots, seconds_to_health
+from tests.faults.signs import Sign
 from tests.faults.system import Options, System
 
 LEADERLESS_SECONDS_MAX = 15.0
@@ -63,6 +64,7 @@ ROWS = (
         "kill -9, twice",
         _leader_killed,
         options=lambda _: Options(nats_nodes=3),
+        signs=(Sign("nats", "bus_reconnects_total", "bus_problem"),),
     ),
     Row(
         24,
@@ -70,5 +72,6 @@ ROWS = (
         "kill -9 for good, pg_promote",
         _primary_lost,
         options=lambda _: Options(postgres_replica=True),
+        signs=(Sign("postgres", "database_primary_changes_total", "database_primary_changed"),),
     ),
 )

@@ -16,6 +16,7 @@ from shared.clock import next_boundary, utc_now
 from tests.faults.mix import Life
 from tests.faults.parts import Service
 from tests.faults.population import Population
+from tests.faults.signs import Sign
 from tests.faults.system import SLOT, Options, System, running
 from tests.faults.tampered import WHEN, runner
 from tests.waiting import eventually
@@ -39,6 +40,8 @@ class Row:
     needs: Callable[[], str | None] = field(default=lambda: None)
     """Says what this machine lacks; None when it has all."""
     start: START = running
+    signs: tuple[Sign, ...] = ()
+    """How an operator sees it."""
 
 
 async def next_slots(slots: int) -> None:

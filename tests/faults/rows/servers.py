@@ -11,6 +11,7 @@ from tests.faults.mix import Life
 from tests.faults.parts import frozen
 from tests.faults.readers import DEADLINE_SECONDS, LATE_SECONDS_MAX
 from tests.faults.rows.row import Row, confirmed_at, next_slots, seconds_to_health, session
+from tests.faults.signs import NATS_AWAY, POSTGRES_AWAY, Sign
 from tests.faults.system import System
 from tests.waiting import eventually
 
@@ -126,8 +127,20 @@ async def _nats_away(system: System, life: Life) -> str:
 
 
 ROWS = (
-    Row(7, "PostgreSQL restarts", "fast shutdown, kill -9", _postgres_restarts),
-    Row(8, "PostgreSQL frozen", f"SIGSTOP of all its processes for {FROZEN_SECONDS:g} s", _postgres_frozen),
-    Row(9, "backends terminated", "pg_terminate_backend, 20 times", _backends_terminated),
-    Row(10, "NATS restarts, is killed, is frozen", "signals", _nats_away),
+    Row(7, "PostgreSQL restarts", "fast shutdown, kill -9", _postgres_restarts, signs=(POSTGRES_AWAY,)),
+    Row(
+        8,
+        "PostgreSQL frozen",
+        f"SIGSTOP of all its processes for {FROZEN_SECONDS:g} s",
+        _postgres_frozen,
+        signs=(POSTGRES_AWAY,),
+    ),
+    Row(
+        9,
+        "backends terminated",
+        "pg_terminate_backend, 20 times",
+        _backends_terminated,
+        signs=(Sign(metric="database_second_tries_total"),),
+    ),
+    Row(10, "NATS restarts, is killed, is frozen", "signals", _nats_away, signs=(NATS_AWAY,)),
 )

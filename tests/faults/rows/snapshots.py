@@ -26,6 +26,7 @@ from tests.faults.rows.row import (
     tampered_when_armed,
     total,
 )
+from tests.faults.signs import GONE, Sign
 from tests.faults.system import LATE_SECONDS_MAX, SHARDS, SLOT, System
 from tests.waiting import eventually
 
@@ -35,6 +36,7 @@ EARLY_SLOTS = 10
 Shard = tuple[str, int]
 """A slot, and the number of a shard of it."""
 TAKEN = 'snapshot_shards_total{outcome="taken"}'
+REDELIVERED = (Sign(GONE, "bus_redeliveries_total", "snapshot_redelivered"),)
 _WRITING = """
 SELECT client_port FROM pg_stat_activity
 WHERE application_name = 'snapshotter' AND wait_event_type = 'Lock' AND query LIKE '%INSERT INTO portfolio_snapshots%'
@@ -246,16 +248,27 @@ ROWS = (
         "SIGKILL between the two",
         _after_commit,
         tampered_when_armed("snapshotter", "die_before_acknowledging"),
+        signs=REDELIVERED,
     ),
-    Row(2, "snapshotter dies inside the transaction", "SIGKILL", _in_transaction),
+    Row(2, "snapshotter dies inside the transaction", "SIGKILL", _in_transaction, signs=REDELIVERED),
     Row(
         3,
         "snapshotter paused longer than the ack wait",
         "SIGSTOP just before its statement, SIGCONT when another has stored the shard",
         _paused,
         tampered_when_armed("snapshotter", "sleep_before_storing"),
+        signs=REDELIVERED,
     ),
-    Row(5, "doubled, late, out-of-order timer messages", "published by hand", _by_hand),
+    Row(
+        5,
+        "doubled, late, out-of-order timer messages",
+        "published by hand",
+        _by_hand,
+        signs=(
+            Sign("snapshots", SKIPPED, "snapshot_skipped"),
+            Sign("", "snapshot_shards_postponed_total", "snapshot_postponed"),
+        ),
+    ),
     Row(
         23,
         "data: unpriced, empty, deleted during a snapshot, 10,000 positions",

@@ -13,6 +13,7 @@ from tests.faults.balancer import Balancer
 from tests.faults.mix import Life
 from tests.faults.parts import Service, frozen
 from tests.faults.rows.row import Row, next_slots
+from tests.faults.signs import Sign
 from tests.faults.system import System
 from tests.waiting import eventually
 
@@ -145,12 +146,20 @@ async def _rolling_restart(system: System, _: Life) -> str:
     )
 
 
+STOPPING = (Sign("draining", "gateway_draining", "draining"),)
 ROWS = (
     Row(
         21,
         "SIGTERM at any moment",
         f"SIGTERM, {MOMENTS} times for each service while {', '.join(SITUATIONS)}",
         _at_any_moment,
+        signs=STOPPING,
     ),
-    Row(21, "rolling restart under load", "SIGTERM to one replica after the other", _rolling_restart),
+    Row(
+        21,
+        "rolling restart under load",
+        "SIGTERM to one replica after the other",
+        _rolling_restart,
+        signs=STOPPING,
+    ),
 )
