@@ -74,8 +74,13 @@ class Outbox:
         if before and (before.state, before.streamed, before.polled) == (state, streamed, polled):
             return
         if before is None or before.state is not state:
-            say = log.warning if state is FeedState.STALE else log.info
-            say("feed_status", state=state, detail=detail, streamed=streamed, polled=polled)
+            said = {"state": state, "detail": detail, "streamed": streamed, "polled": polled}
+            if state is FeedState.STALE:
+                log.warning(
+                    "feed_status", **said, advice="mend what the detail names; old prices stay meanwhile"
+                )
+            else:
+                log.info("feed_status", **said)
             for each in FeedState:
                 metrics.FEED_STATE.labels(each).set(each is state)
         since = before.since if before and before.state is state else at

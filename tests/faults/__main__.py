@@ -97,12 +97,16 @@ def _in_words(error: Exception) -> str:
     return "".join(traceback.format_exception(error))
 
 
-async def play_soak(folder: Path, seed: int, minutes: float, users: int) -> int:
-    """Play a mix for so long; return 0 when nothing was lost, nothing grew, and enough was struck."""
+async def play_mix(folder: Path, seed: int, minutes: float, users: int, *, spares: bool) -> int:
+    """Play a mix for so long; return 0 when nothing was lost, and enough was struck.
+
+    If it `spares`, one replica of each kind lives through it, and must not have grown.
+    """
     acts = round(ACTS_PER_MINUTE * minutes)
     say(f"seed {seed}: {acts} kills, freezes and stops in {minutes:g} min, {users} users, a slot a second")
+    play = mix.run_soak if spares else mix.run
     async with running(folder, population.drawn(users, seed)) as system:
-        done, verdict = await mix.run_soak(system, seed, acts=acts, seconds=minutes * 60, say=say)
+        done, verdict = await play(system, seed, acts=acts, seconds=minutes * 60, say=say)
     struck = done["kill"] + done["freeze"]
     if struck < STRUCK_PER_MINUTE_MIN * minutes:
         verdict.wrong.append(f"mix: {struck} kills and freezes, not {STRUCK_PER_MINUTE_MIN} a minute")
@@ -117,6 +121,9 @@ def main() -> int:
     parser.add_argument(
         "--minutes", type=float, help="a mix of kills and freezes for so long, instead of rows"
     )
+    parser.add_argument(
+        "--spare-none", action="store_true", help="in the mix; else one replica of each kind lives through it"
+    )
     parser.add_argument("--users", type=int, default=MIX_USERS, help="of the mix")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
@@ -127,11 +134,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="foliotick-faults-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         if arguments.minutes:
-            return asyncio.run(play_soak(folder, arguments.seed, arguments.minutes, arguments.users))
+            mixed = play_mix(
+                folder,
+                arguments.seed,
+                arguments.minutes,
+                arguments.users,
+                spares=not arguments.spare_none,
+            )
+            return asyncio.run(mixed)
         rows = [row for row in ROWS if not arguments.fault or row.number in arguments.fault]
         outcomes = asyncio.run(play_rows(rows, folder, arguments.seed))
     say(", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()))
-    return 1 if outcomes[FAILED] else 0
+    is_lacking = arguments.fault and outcomes[NOT_RUN]  # what was asked for by name
+    return 1 if outcomes[FAILED] or is_lacking else 0
 
 
 if __name__ == "__main__":

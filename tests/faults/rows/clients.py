@@ -65,7 +65,8 @@ STREAMS_SSE, STREAMS_WEBSOCKET = (
 OVERLOAD_TIMES = 10
 OVERLOAD_SECONDS, CAPACITY_SECONDS = 60.0, 5.0
 CAPACITY_CONNECTIONS = 300
-"""So many keep both gateways busy, and hardly any is refused: each asks again as soon as it is answered."""
+"""So many keep both gateways busy, and few are refused: each asks again as soon as it is answered."""
+PEAK_REFUSED_SHARE_MAX = 0.1
 OVERLOAD_CONNECTIONS = OVERLOAD_TIMES * CAPACITY_CONNECTIONS
 FILES_MIN = OVERLOAD_CONNECTIONS + 1000
 OVERLOAD_MEMORY_MB_MORE_MAX = 100.0
@@ -429,7 +430,7 @@ def _in_words(seen: dict[str, Any]) -> str:
 
 
 def _seconds_in_words(milliseconds: dict[str, float]) -> str:
-    return ", ".join(f"{what} {value / 1000:.1f} s" for what, value in milliseconds.items() if what != "max")
+    return ", ".join(f"{what} {value / 1000:.1f} s" for what, value in milliseconds.items())
 
 
 def _check_overload(found: dict[str, Any], peak: dict[str, Any], seen: str) -> None:
@@ -437,7 +438,9 @@ def _check_overload(found: dict[str, Any], peak: dict[str, Any], seen: str) -> N
     assert not found["lost"], f"{found['lost']} connections lost: {seen}"
     assert set(found["answers"]) <= {"200", "429", "503"}, seen
     assert set(found["answers"]) > {"200"}, f"nobody is refused: {seen}"
-    slowest_ms = max(found["ok_ms"]["p99"], found["refused_ms"]["p99"], found["waiting_ms"])
+    refused = peak["refused_per_second"] / peak["ok_per_second"]
+    assert refused <= PEAK_REFUSED_SHARE_MAX, f"that is no peak: {seen}"
+    slowest_ms = max(found["ok_ms"]["max"], found["refused_ms"]["max"], found["waiting_ms"])
     assert slowest_ms <= DEADLINE_SECONDS * 1000, f"somebody waits for {slowest_ms:.0f} ms: {seen}"
     assert found["ok_per_second"] >= GOODPUT_SHARE_MIN * peak["ok_per_second"], f"few are served: {seen}"
 
@@ -470,8 +473,9 @@ async def _seconds_to_normal(system: System) -> float:
 
 
 def _lack_of_files() -> str | None:
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return None if allowed >= FILES_MIN else f"{allowed} open files are allowed: `ulimit -n {FILES_MIN}`"
+    _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)  # up to which all of us go by ourselves
+    is_enough = allowed == resource.RLIM_INFINITY or allowed >= FILES_MIN
+    return None if is_enough else f"{allowed} open files are allowed at most, not {FILES_MIN}"
 
 
 ROWS = (
@@ -484,8 +488,8 @@ ROWS = (
     ),
     Row(
         22,
-        f"overload: {OVERLOAD_TIMES} times the requests that can be served",
-        f"{OVERLOAD_CONNECTIONS} connections for {OVERLOAD_SECONDS:g} s",
+        f"overload: {OVERLOAD_TIMES} times the clients that can be served",
+        f"{OVERLOAD_CONNECTIONS} connections that ask again at once, for {OVERLOAD_SECONDS:g} s",
         _overload,
         needs=_lack_of_files,
         signs=(Sign("load", 'gateway_requests_refused_total{reason="overload"}', "overload_began"),),
