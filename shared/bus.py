@@ -182,7 +182,7 @@ class Bus:
             async with asyncio.timeout(CLOSE_SECONDS_MAX):
                 await self._client.close()
         except FAILURES as error:
-            log.warning("bus_close_failed", error=reason(error))
+            log.warning("bus_close_failed", advice="nothing: the connection was cut", error=reason(error))
 
     async def check(self) -> str | None:
         """Return None when NATS, the streams and our consumer are there, else why not. For readiness.
@@ -301,11 +301,12 @@ class Bus:
         )
         try:
             while not stop.is_set():
-                if not self._client.is_connected:
+                client, inbox = self._client, self._inbox
+                if inbox is None or not client.is_connected:
                     await clock.wait_for_stop(stop, READY_POLL_SECONDS)
                     continue
                 try:
-                    await responder.answer_until(stop, self._client)
+                    await responder.answer_until(stop, client, inbox)
                 except FAILURES as error:
                     self._say_problem(f"answering {subject}: {reason(error)}")
                     await clock.wait_for_stop(stop, FAILURE_PAUSE_SECONDS)

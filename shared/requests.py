@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 from pydantic import ValidationError
 
 from shared import clock, logs
@@ -28,6 +29,7 @@ STOP_SECONDS_MAX = 3.0
 """What answers under way may still take when the service is to stop."""
 OVERLOADED_RETRY_SECONDS = 1
 DRAIN_SECONDS_MAX = 1.0
+"""What the server may take to show that it is there, and then to send what it has for us still."""
 CONNECTION_CHECK_SECONDS = 0.5
 
 Reply = TypeVar("Reply", bound=Message)
@@ -143,7 +145,7 @@ class Responder:
         self._seconds_max = seconds_max
         self._under_way: set[asyncio.Task[None]] = set()
 
-    async def answer_until(self, stop: asyncio.Event, client: Client) -> None:
+    async def answer_until(self, stop: asyncio.Event, client: Client, inbox: Inbox) -> None:
         """Answer until `stop`, or until `client` is closed for good; short of that it finds its server again."""
         subscription = await client.subscribe(
             self._subject, queue=self._queue, cb=partial(self._take, client)
@@ -152,11 +154,7 @@ class Responder:
             while not (stop.is_set() or client.is_closed):
                 await clock.wait_for_stop(stop, CONNECTION_CHECK_SECONDS)
         finally:
-            with suppress(*FAILURES):
-                async with asyncio.timeout(
-                    DRAIN_SECONDS_MAX
-                ):  # what we were given already is answered as well
-                    await subscription.drain()  # type: ignore[no-untyped-call]
+            await _leave(subscription, client, inbox)
 
     async def finish(self) -> None:
         """Let the answers under way come to their end, or refuse them after a while."""
@@ -186,13 +184,20 @@ class Responder:
             log.info("request_malformed", subject=self._subject, problems=error.error_count())
             answer = Refused(400, _in_words(error))
         except TimeoutError:
-            log.warning("request_took_too_long", subject=self._subject, seconds=self._seconds_max)
+            log.warning(
+                "request_took_too_long",
+                advice="who asked was told to try again; see what is slow: PostgreSQL most likely",
+                subject=self._subject,
+                seconds=self._seconds_max,
+            )
             answer = Refused(503, "the answer took too long", OVERLOADED_RETRY_SECONDS)
         except asyncio.CancelledError:
             await self._send(client, asked, Refused(503, "the service stops", OVERLOADED_RETRY_SECONDS))
             raise
         except Exception:  # one request must not end a process that does more than answer
-            log.exception("request_failed", subject=self._subject)
+            log.exception(
+                "request_failed", advice="this is a bug: report it with the traceback", subject=self._subject
+            )
             answer = Refused(500, "the request failed")
         await self._send(client, asked, answer)
 
@@ -208,7 +213,29 @@ class Responder:
                 payload, headers = b"", _headers(Refused(413, "the answer is too long; ask for less"))
             await client.publish(asked.reply, payload, headers=headers)
         except FAILURES as error:  # who asked gives up by himself
-            log.warning("request_answer_not_sent", subject=self._subject, problem=reason(error))
+            log.warning(
+                "request_answer_not_sent",
+                advice="nothing: who asked gives up by himself; see nats-server if it lasts",
+                subject=self._subject,
+                problem=reason(error),
+            )
+
+
+async def _leave(subscription: Subscription, client: Client, inbox: Inbox) -> None:
+    """End a subscription; what the server has given us already is answered as well, if it answers itself.
+
+    Draining waits for a pong. One that is not awaited to its end takes the library's reading with it when it comes, and
+    leaves the subscription to be made again with the next connection: so a server that is mute is not asked for one,
+    and draining is never cut off.
+    """
+    with suppress(*FAILURES):
+        if not await hears_itself(client, inbox, timeout_seconds=DRAIN_SECONDS_MAX):
+            await subscription.unsubscribe()
+            return
+        draining = asyncio.ensure_future(subscription.drain())  # type: ignore[no-untyped-call]
+        await asyncio.wait({draining}, timeout=DRAIN_SECONDS_MAX)
+        if draining.done():
+            draining.result()
 
 
 def _headers(refusal: Refused) -> dict[str, str]:

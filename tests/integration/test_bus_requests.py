@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -294,3 +295,26 @@ async def test_a_request_without_a_reply_subject_is_left(bus: Bus, nats_url: str
         await settled(client)
         assert (await ask(bus)).unknown == QUESTION.symbols
     await client.close()
+
+
+async def test_who_stops_answering_while_the_server_is_frozen_hears_on_and_is_asked_no_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A lease ends, say. Cutting off the library's drain would end its reading with the pong that comes late."""
+    with nats_server(tmp_path) as server:
+        async with Bus(server.url, name="tests") as bus:
+            async with serving(bus, refuses, queue="q"):
+                assert (await refusal(bus)).code == 503
+                server.process.send_signal(signal.SIGSTOP)
+            server.process.send_signal(signal.SIGCONT)
+            async with serving(bus, queue="q"):
+                assert (await answered(bus)).unknown == QUESTION.symbols
+                began = time.monotonic()
+                for _ in range(20):
+                    assert (await ask(bus)).unknown == QUESTION.symbols
+                assert time.monotonic() - began < 5
+    assert "InvalidStateError" not in caplog.text
+
+
+async def refuses(_: bytes) -> Message:
+    raise Refused(503, "the former term")
