@@ -56,6 +56,12 @@ class Standing(NamedTuple):
     timeline: int
 
 
+# What a server says that is there and lets nobody in: no other one would do instead.
+_REFUSED = (
+    asyncpg.InsufficientResourcesError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
+)
 # What connecting to one of several servers may fail with: another one may do.
 _ELSEWHERE = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InternalClientError, NoPrimary)
 
@@ -69,6 +75,8 @@ class Hosts:
         self._primary: Address | None = None
         self._known: Standing | None = None
         self._problem = ""
+        self._refusal: Exception | None = None
+        """What a server said that is there and lets nobody in, while no other one is the primary."""
         self._made: WeakKeyDictionary[ServerConnection, Standing] = WeakKeyDictionary()
         self._asking = asyncio.Lock()
         self._asked_at = 0.0
@@ -80,21 +88,25 @@ class Hosts:
     async def connect(self, *, timeout: float, **options: Any) -> ServerConnection:
         """Connect to the primary within `timeout` seconds; `options` are asyncpg's.
 
-        Raises NoPrimary, or what the last server raised. The connection is ended when another server becomes the
-        primary.
+        Raises NoPrimary, or what a server said that let nobody in. The connection is ended when another server becomes
+        the primary.
         """
         if not self.are_several:
             return await asyncpg.connect(self._url, timeout=timeout, **options)
         async with asyncio.timeout(timeout):
             if self._primary is not None:
-                with suppress(*_ELSEWHERE):
+                try:
                     return await self._connect_to(self._primary, options)
+                except _REFUSED:
+                    raise
+                except _ELSEWHERE:
+                    pass
             return await self._connect_to(await self._find(), options)
 
     async def look(self) -> None:
         """See whether another server has become the primary; with doubts about the one that there was."""
         if self.are_several and time.monotonic() - self._asked_at >= LOOK_SECONDS:
-            with suppress(NoPrimary):
+            with suppress(NoPrimary, *_REFUSED):
                 await self._find()
 
     async def _find(self) -> Address:
@@ -105,13 +117,14 @@ class Hosts:
                 self._asked_at = time.monotonic()
                 await self._ask_all()
         if self._primary is None:
-            raise NoPrimary(self._problem)
+            raise self._refusal or NoPrimary(self._problem)
         return self._primary
 
     async def _ask_all(self) -> None:
         asked = {asyncio.create_task(self._ask(address)): address for address in self.addresses}
         found: dict[Address, Standing] = {}
         problems: dict[Address, str] = dict.fromkeys(self.addresses, "no answer in time")
+        refusal: Exception | None = None
         waiting, ends_at = set(asked), time.monotonic() + HOST_SECONDS_MAX
         try:
             # Nobody else can be newer than one that is newer than all before.
@@ -127,6 +140,7 @@ class Hosts:
                         found[asked[task]] = task.result()
                     except _ELSEWHERE as error:
                         problems[asked[task]] = str(error) or "no answer in time"
+                        refusal = error if isinstance(error, _REFUSED) else refusal
         finally:
             for task in asked:
                 task.cancel()
@@ -134,7 +148,7 @@ class Hosts:
         if found:
             self._follow(*max(found.items(), key=lambda each: (each[1].timeline, each[0] == self._primary)))
         else:
-            self._primary = None
+            self._primary, self._refusal = None, refusal
             self._problem = "no primary: " + ", ".join(
                 f"{address} {problem}" for address, problem in problems.items()
             )

@@ -25,6 +25,7 @@ from tests.factories import create_user
 from tests.gateway import running
 from tests.integration.test_api_gateway_faults import CURRENT, frozen
 from tests.integration.test_notifications import Heard
+from tests.metrics import sample
 from tests.servers import chosen_backend
 from tests.waiting import eventually
 
@@ -258,6 +259,18 @@ async def test_server_that_hangs_up_as_soon_as_it_has_let_us_in_is_asked_again(d
     assert HungUp.times == 0
     assert await connection.fetchval("SELECT 1") == 1
     await connection.close()
+
+
+async def test_server_that_lets_nobody_in_is_no_missing_primary(database_url: str) -> None:
+    """Whoever reads `no primary` promotes a replica beside one that is well."""
+    parts = urlsplit(of_two_names(database_url))
+    wrong = urlunsplit(parts._replace(netloc=f"{parts.username}:wrong@{parts.netloc.rpartition('@')[2]}"))
+    async with databases.connect(wrong, application_name="refused", connections_max=1) as database:
+        for _ in range(2):
+            before = sample("database_unavailable_total", pool="refused", reason="refused")
+            with pytest.raises(DatabaseUnavailable, match="password authentication failed"):
+                await database.fetch("SELECT 1")
+            assert sample("database_unavailable_total", pool="refused", reason="refused") == before + 1
 
 
 async def test_end_of_the_watch_does_not_stay_unseen(
