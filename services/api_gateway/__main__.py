@@ -23,6 +23,10 @@ GARBAGE_THRESHOLDS = (50_000, 20, 100)
 often that an answer costs a fourth more; what makes up cycles here is little, and some megabytes of it may wait."""
 
 
+KEEP_SECONDS_MAX = 0.5
+"""What keeping up with bus and database may still take when the gateway has left."""
+
+
 class _NatsCheck:
     """Whether NATS is there: a gateway that has found it once answers on without it, and is ready."""
 
@@ -83,9 +87,13 @@ async def serve(settings: Settings, stop: Stop) -> None:
             asyncio.TaskGroup() as tasks,
         ):
             left = asyncio.Event()
-            tasks.create_task(calendar.keep(database, left))
-            tasks.create_task(shared_clock.keep(left))
-            tasks.create_task(app.keep_up(settings, served, bus, left))
+            for keeping in (
+                calendar.keep(database, left),
+                shared_clock.keep(left),
+                app.keep_up(settings, served, bus, left),
+            ):
+                # What a frozen server is asked must not take the time in which requests are finished.
+                tasks.create_task(lifecycle.finish(keeping, left, stop_seconds_max=KEEP_SECONDS_MAX))
             await served.leaving.leave(stop, settings.gateway_drain_seconds, served.live)
             left.set()
 

@@ -155,6 +155,10 @@ class News:
         if not 0 <= taken.shard < taken.shards <= SHARDS_MAX or (
             is_division_new and len(self._announced) >= DIVISIONS_MAX
         ):
+            self._doubts.add(
+                SNAPSHOTS_TAKEN,
+                f"shard {taken.shard} of {taken.shards}: no such shard, or one division too many",
+            )
             self._forget()
             return
         self._announce()

@@ -194,6 +194,8 @@ class Live:
                 tick = PriceTick.model_validate_json(payload)
                 if tick.symbol == quote.symbol:
                     self._hear_tick(quote, tick)
+                else:
+                    self._doubt(subject, "it is about another symbol")
             elif subject == PRICES_CONFIRMED:
                 confirmed = PricesConfirmed.model_validate_json(payload)
                 if confirmed.confirmed_at <= self.now() + FUTURE_MAX:
@@ -287,6 +289,8 @@ class Live:
             is_all_read = await self._read_prices_again()
             behind = [watched for watched in self._by_user.values() if watched.is_behind and watched.watchers]
             for start in range(0, len(behind), READINGS_AT_ONCE_MAX):
+                if stop.is_set():
+                    return
                 read = await asyncio.gather(
                     *map(self._read_again, behind[start : start + READINGS_AT_ONCE_MAX])
                 )

@@ -28,6 +28,9 @@ DATABASE_CONNECTIONS = 4
 LEASE_CONNECTIONS = 2
 """Of the lease's own, so that work that waits for the database does not cost it."""
 
+CALENDAR_STOP_SECONDS_MAX = 1.0
+"""What asking Alpaca for its calendar may still take when the service is to stop; by itself it may take 20 s."""
+
 log = logs.get_logger()
 
 
@@ -66,7 +69,11 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             schema=databases.SCHEMA_REVISION,
         ):
             if not settings.price_update_enabled:
-                log.warning("price_updates_disabled", setting="PRICE_UPDATE_ENABLED")
+                log.warning(
+                    "price_updates_disabled",
+                    setting="PRICE_UPDATE_ENABLED",
+                    advice="nothing, if that is meant",
+                )
                 await shared_clock.keep(stop)
                 return
             await feed_prices(
@@ -143,7 +150,8 @@ async def feed_prices(
             tasks.create_task(answers.run(database, bus, stop))  # a standby answers as well
             tasks.create_task(sessions.keep(database, stop))
             tasks.create_task(shared_clock.keep(stop))
-            tasks.create_task(calendar.run(database, calendar_source, lease.holds, stop))
+            keeping = calendar.run(database, calendar_source, lease.holds, stop)
+            tasks.create_task(lifecycle.finish(keeping, stop, stop_seconds_max=CALENDAR_STOP_SECONDS_MAX))
             await lease.lead(lead, stop)
 
 
