@@ -132,7 +132,11 @@ def main() -> None:
         NoPrimary,
     ) as error:
         reason = str(error).splitlines() or [type(error).__name__]
-        log.error("migration_failed", error=reason[0])
+        log.error(
+            "migration_failed",
+            error=reason[0],
+            advice="mend that and run it again: revisions that are done stay done",
+        )
         sys.exit(1)
     log.info("migrated")
 

@@ -625,7 +625,11 @@ async def connect(
                 async with asyncio.timeout(CLOSE_SECONDS_MAX):
                     await database.close()
             except TimeoutError:
-                log.warning("database_pool_terminated", reason="connections did not close in time")
+                log.warning(
+                    "database_pool_terminated",
+                    advice="nothing: they were cut; see why PostgreSQL does not answer",
+                    reason="connections did not close in time",
+                )
                 pool.terminate()
 
 
@@ -675,7 +679,11 @@ async def listen(
                 raise
             if str(named) != problem:
                 problem = str(named)
-                log.warning("notifications_interrupted", reason=problem)
+                log.warning(
+                    "notifications_interrupted",
+                    advice="see /readyz and PostgreSQL; DATABASE_LISTEN_URL must lead past a pooler",
+                    reason=problem,
+                )
         finally:
             if hears:
                 listener.interrupted()

@@ -69,7 +69,12 @@ class Delivery:
                 break
             except BusUnavailable as error:
                 if not was_said:
-                    log.warning("dead_letter_not_stored", subject=self.subject, problem=str(error))
+                    log.warning(
+                        "dead_letter_not_stored",
+                        advice="it is held until JetStream stores it: see /readyz and nats-server",
+                        subject=self.subject,
+                        problem=str(error),
+                    )
                     was_said = True
             await self._answer(self._received.in_progress)
             if await clock.wait_for_stop(stop, RETRY_SECONDS):
@@ -113,4 +118,8 @@ class Delivery:
         try:
             await answer()
         except FAILURES as error:  # the message will be delivered again, which must be harmless
-            log.warning("bus_answer_failed", error=reason(error))
+            log.warning(
+                "bus_answer_failed",
+                advice="nothing: the message comes again, harmlessly",
+                error=reason(error),
+            )

@@ -98,7 +98,11 @@ async def _supervise(loaded: S, serve: Callable[[S, Stop], Awaitable[None]]) -> 
         if not served.done():
             await asyncio.wait({served}, timeout=STOP_GRACE_SECONDS)
         if not served.done():
-            log.error("stop_overran", grace_seconds=STOP_GRACE_SECONDS)
+            log.error(
+                "stop_overran",
+                advice="report it with the lines before: something did not let itself be ended",
+                grace_seconds=STOP_GRACE_SECONDS,
+            )
             served.cancel()
             await asyncio.wait({served}, timeout=CANCEL_SECONDS)
             return 1
@@ -109,7 +113,12 @@ async def _supervise(loaded: S, serve: Callable[[S, Stop], Awaitable[None]]) -> 
         for cause in _causes(error):
             # What the system refuses, a port say, is said by the error itself; the rest is a bug to be traced.
             traced = None if isinstance(cause, OSError) else cause
-            log.error("service_failed", error=f"{type(cause).__name__}: {cause}", exc_info=traced)
+            log.error(
+                "service_failed",
+                advice="mend what the error names; with a traceback it is a bug to report",
+                error=f"{type(cause).__name__}: {cause}",
+                exc_info=traced,
+            )
         return 1
     finally:
         stopped.cancel()

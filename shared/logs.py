@@ -52,10 +52,11 @@ class _LastingStream(io.TextIOBase):
         self._dropped = 0
 
     def look(self) -> None:
-        """Find out whether standard output is a pipe, which alone can be full."""
+        """Find out whether standard output is a pipe or a socket (systemd's journal), which alone can be full."""
         try:
             number = sys.stdout.fileno()
-            self._pipe = number if stat.S_ISFIFO(os.fstat(number).st_mode) else None
+            mode = os.fstat(number).st_mode
+            self._pipe = number if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else None
         except (OSError, ValueError, AttributeError):
             self._pipe = None
 

@@ -57,7 +57,12 @@ class Calendar:
             published = await published_days(database, (now - READ_SINCE).date())
         except (DatabaseUnavailable, SchemaMissing) as error:
             if self._problem is None:
-                log.warning("market_days_not_read", reason=str(error), retry_seconds=RETRY_SECONDS)
+                log.warning(
+                    "market_days_not_read",
+                    advice="the exchange's rules hold meanwhile; see /readyz and PostgreSQL",
+                    reason=str(error),
+                    retry_seconds=RETRY_SECONDS,
+                )
             self._problem = str(error)
             return False
         self._problem = None

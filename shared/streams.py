@@ -111,7 +111,12 @@ async def _sized(
     except ApiError as error:
         if error.err_code not in _NO_SUCH_SPACE or stream.bytes_max is None:
             raise
-    log.warning("bus_stream_unbounded", stream=stream.name, bytes_wanted=stream.bytes_max)
+    log.warning(
+        "bus_stream_unbounded",
+        advice="raise max_file_store of nats-server, else this stream may fill the disk",
+        stream=stream.name,
+        bytes_wanted=stream.bytes_max,
+    )
     return await _api(client, request, configuration | {"max_bytes": -1, "discard": "old"})
 
 

@@ -10,7 +10,7 @@ from shared.database import Database
 
 
 class CommandFailed(Exception):
-    """Nothing was done; the text says why."""
+    """Nothing was done, or else the text says what; it says why."""
 
 
 async def create_user(

@@ -73,12 +73,19 @@ async def _chosen(bus: Bus, number: int | None) -> list[NumberedLetter]:
     return [letter]
 
 
+def _cut_short(done: int, what: str, error: BusUnavailable) -> str:
+    before = f"{counted(done, 'dead letter')} {what}; then " if done else ""
+    return f"{before}NATS cannot be used: {error}"
+
+
 async def _replay(bus: Bus, letters: Sequence[NumberedLetter]) -> str:
     done: list[DeadLetter] = []
     problems: list[str] = []
     for each in letters:
         try:
             await bus.replay(each)
+        except BusUnavailable as error:
+            raise CommandFailed(_cut_short(len(done), "replayed", error)) from error
         except NotReplayable as error:
             problems.append(f"dead letter {each.number} cannot be replayed: {error}")
         else:
@@ -93,5 +100,10 @@ async def _replay(bus: Bus, letters: Sequence[NumberedLetter]) -> str:
 
 
 async def _discard(bus: Bus, letters: Sequence[NumberedLetter]) -> str:
-    gone = [await bus.discard(each.number) for each in letters]
-    return f"{counted(sum(gone), 'dead letter')} discarded"
+    gone = 0
+    for each in letters:
+        try:
+            gone += await bus.discard(each.number)
+        except BusUnavailable as error:
+            raise CommandFailed(_cut_short(gone, "discarded", error)) from error
+    return f"{counted(gone, 'dead letter')} discarded"

@@ -30,7 +30,13 @@ class Doubts:
         if now - self._said_at < SAID_EVERY_SECONDS:
             self._unsaid += 1
             return
-        log.warning("message_doubtful", subject=subject, reason=reason, unsaid_before=self._unsaid)
+        log.warning(
+            "message_doubtful",
+            subject=subject,
+            reason=reason,
+            unsaid_before=self._unsaid,
+            advice="see who else publishes on our subjects, and set the clocks; PostgreSQL is read instead",
+        )
         self._said_at, self._unsaid = now, 0
 
     def add_malformed(self, subject: str, payload: bytes, error: ValidationError) -> None:

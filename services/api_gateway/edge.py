@@ -167,7 +167,12 @@ class Edge:
         response.force_close()
         self._add_headers(response.headers, request_id, None)
         if not isinstance(error, HttpProcessingError):
-            log.error("connection_failed", request_id=request_id, exc_info=error)
+            log.error(
+                "connection_failed",
+                request_id=request_id,
+                exc_info=error,
+                advice="this is a bug: report it with the traceback",
+            )
         self._record(
             "unknown",
             "malformed",
@@ -209,7 +214,12 @@ class Edge:
                 reason, said = "deadline", f"There was no answer within {self.timeout_seconds:g} s."
             problem = Problem(problems.DEADLINE_EXCEEDED, f"{said} Try again soon.")
         except Exception as error:
-            log.error("request_failed", request_id=request_id, exc_info=error)
+            log.error(
+                "request_failed",
+                request_id=request_id,
+                exc_info=error,
+                advice="this is a bug: report it with the traceback",
+            )
             detail = "The request_id of this answer finds the error in the log."
             problem, reason = Problem(problems.INTERNAL_ERROR, detail), _reason(error)
         finally:

@@ -221,7 +221,11 @@ class Reads:
         self._is_used, self._problem = False, problem
         if not self._is_left:
             self._is_left = True
-            log.warning("read_replica_left", reason=problem)
+            log.warning(
+                "read_replica_left",
+                reason=problem,
+                advice="mend what the reason names; the primary carries all reads meanwhile",
+            )
 
     def _fail(self, problem: str) -> None:
         """Leave the replica alone for a while: a read of it failed."""

@@ -55,7 +55,11 @@ async def redeemed(bus: Bus, ticket: str, now: datetime, *, seconds_max: float) 
     try:
         found = None if payload is None else StreamTicket.model_validate_json(payload)
     except ValidationError as error:
-        log.warning("ticket_malformed", reason=str(error.errors()[0]["msg"]))
+        log.warning(
+            "ticket_malformed",
+            reason=str(error.errors()[0]["msg"]),
+            advice="see who else publishes to TICKETS",
+        )
         found = None
     if found is None or found.ticket_expires_at <= now or not is_storable(found.subject):
         raise Problem(TICKET_INVALID, "The ticket is unknown, used already, or too old.")

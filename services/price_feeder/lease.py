@@ -102,7 +102,11 @@ class Lease:
                 if self.holds():
                     await self._release()
                 else:
-                    log.warning("lease_lost", term=self.term.number)
+                    log.warning(
+                        "lease_lost",
+                        term=self.term.number,
+                        advice="see PostgreSQL and the way to it, or what froze this process; a standby takes over",
+                    )
                 self._held_until = 0.0
             for task in keeping:
                 if not task.cancelled():

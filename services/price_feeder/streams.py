@@ -265,6 +265,7 @@ class Stream:
         self._missed_rounds = 0
         self._trades_heard_before = 0
         self._said: str | None = None
+        self._has_said_malformed = False
 
     # ---- what is asked of it ---------------------------------------------------------------------
 
@@ -362,9 +363,7 @@ class Stream:
             for status in heard.statuses:
                 self._say_status(status)
             if heard.malformed:
-                self._say(
-                    "stream_message_malformed", f"{heard.malformed} in a frame", "nothing: the others count"
-                )
+                self._say_malformed(heard.malformed)
 
     def _take_control(self, message: dict[str, object]) -> None:
         waiting = self._answer if self._answer and not self._answer.done() else None
@@ -494,6 +493,7 @@ class Stream:
                 metrics.STREAM_STATE.labels(self.name, each).set(each is state)
             if state is StreamState.SUBSCRIBED:
                 self._said = None
+                self._has_said_malformed = False
             self._listener.changed()
 
     def _say(self, event: str, problem: str, advice: str) -> None:
@@ -501,6 +501,17 @@ class Stream:
         if self._said != f"{event} {problem}":
             log.warning(event, stream=self.name, problem=problem, advice=advice)
         self._said = f"{event} {problem}"
+
+    def _say_malformed(self, count: int) -> None:
+        """Say it of the first frame of a connection alone; the metric counts all."""
+        if not self._has_said_malformed:
+            self._has_said_malformed = True
+            log.warning(
+                "stream_message_malformed",
+                stream=self.name,
+                count=count,
+                advice="nothing: the other messages count, and polling has those prices",
+            )
 
     def _say_status(self, status: TradingStatus) -> None:
         metrics.TRADING_STATUSES.labels(status.kind).inc()

@@ -49,7 +49,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         ),
     ):
         if not settings.snapshot_enabled:
-            log.warning("snapshots_disabled", setting="SNAPSHOT_ENABLED")
+            log.warning("snapshots_disabled", setting="SNAPSHOT_ENABLED", advice="nothing, if that is meant")
             await shared_clock.keep(stop)
             return
         calendar = Calendar() if settings.snapshot_market_hours_only else None

@@ -76,7 +76,12 @@ async def handle(
         raise
     except (DatabaseUnavailable, SchemaMissing) as error:
         requests_handled.labels("unstored").inc()
-        log.warning("requested_snapshot_not_taken", user_id=requested.user_id, reason=str(error))
+        log.warning(
+            "requested_snapshot_not_taken",
+            advice="see /readyz and PostgreSQL; the user was told to try again",
+            user_id=requested.user_id,
+            reason=str(error),
+        )
         raise Refused(503, "snapshots cannot be stored now", RETRY_SECONDS) from error
     requests_handled.labels("taken" if added else "repeated").inc()
     await _announce(bus, taken)
@@ -101,6 +106,7 @@ async def _announce(bus: Bus, taken: SnapshotTaken) -> None:
     except (BusUnavailable, TimeoutError) as error:
         log.warning(
             "requested_snapshot_not_announced",
+            advice="it is stored, and charts show it within a minute; see /readyz and nats-server",
             user_id=taken.user_id,
             requested_at=taken.timestamp.isoformat(),
             reason=str(error) or "no acknowledgement came in time",

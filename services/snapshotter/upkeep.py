@@ -111,7 +111,11 @@ async def _round(database: Database, upkeep: Upkeep, now: datetime, stop: asynci
     try:
         done = await keep(database, upkeep, now, stop)
     except (DatabaseUnavailable, SchemaMissing) as error:
-        log.warning("history_postponed", reason=str(error))
+        log.warning(
+            "history_postponed",
+            advice="it is tried again in five minutes; see PostgreSQL if it lasts",
+            reason=str(error),
+        )
         return None
     if (done.made, done.rolled_up, done.dropped) != (0, 0, 0):
         log.info(
@@ -214,5 +218,11 @@ async def _drop(database: Database, tier: str, name: str, keep_from: datetime, s
             return True
         if await clock.wait_for_stop(stop, DROP_RETRY_SECONDS):
             break
-    log.warning("partition_not_dropped", tier=tier, name=name, reason=reason)
+    log.warning(
+        "partition_not_dropped",
+        advice="it is tried again; see pg_stat_activity for who reads it all the time",
+        tier=tier,
+        name=name,
+        reason=reason,
+    )
     return False

@@ -1,5 +1,6 @@
 """docs/runbook.md names what there is (metrics, labels, log events, checks, settings), and leaves out no warning."""
 
+import ast
 import importlib
 import re
 from pathlib import Path
@@ -21,6 +22,7 @@ SOURCES = {
     for path in (ROOT / folder).rglob("*.py")
 }
 OF_PROMETHEUS = {"up"}
+WARNINGS = ("warning", "error", "exception", "critical")
 FUNCTIONS = {
     *("sum", "count", "min", "max", "by", "on", "or", "and", "unless", "without", "time", "vector"),
     *("rate", "increase", "changes", "deriv", "min_over_time", "max_over_time", "histogram_quantile"),
@@ -152,3 +154,22 @@ def test_every_section_says_what_is_seen_what_it_means_what_to_do_and_when_it_is
             assert word in body, section
         assert "**Means" in body, section
         assert re.search(r"\*\*Do\.|and do\*\*|and do\.\*\*", body), section
+
+
+def test_every_warning_says_what_to_do() -> None:
+    calls = [
+        (path, node)
+        for path, source in SOURCES.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and (node.func.value.id, node.func.attr) in {("log", level) for level in WARNINGS}
+    ]
+    assert len(calls) > 30
+    mute = [
+        f"{path}:{node.lineno}"
+        for path, node in calls
+        if not {None, "advice"} & {keyword.arg for keyword in node.keywords}
+    ]
+    assert not mute
