@@ -128,7 +128,7 @@ async def _is_ready(system: _System) -> list[Finding]:
         Finding(
             f"does the gateway reach {name}",
             outcome,
-            None if outcome == "ok" else advice.get(name, "see its log"),
+            None if outcome == "ok" else advice.get(name, "see its log, and /readyz on its health port"),
         )
         for name, outcome in checks.items()
     ]

@@ -148,25 +148,36 @@ def _stays() -> str | None:
 def routes(
     service: str, checks: Mapping[str, Check], leaving: Callable[[], str | None] = _stays
 ) -> list[web.RouteDef]:
-    """Return the routes `/healthz` and `/readyz`.
+    """Return the routes `/healthz` and `/readyz` for a port where anybody may ask: states alone, and no reasons.
 
-    `leaving` says why no more work is to be sent here, when that is so: then nothing is checked or remembered.
+    These name servers and users. `leaving` says why no more work is to be sent here, when that is so: then nothing is
+    checked or remembered.
     """
-    return _routes(service, Readiness(checks), leaving)
+    return _routes(service, Readiness(checks), leaving, shown=state_of)
 
 
-def _routes(service: str, known: Readiness, leaving: Callable[[], str | None]) -> list[web.RouteDef]:
+def _routes(
+    service: str, known: Readiness, leaving: Callable[[], str | None], *, shown: Callable[[str], str] = str
+) -> list[web.RouteDef]:
     async def healthz(_: web.Request) -> web.Response:
         return web.json_response({"service": service, "status": "ok"})
 
     async def readyz(_: web.Request) -> web.Response:
         if reason := leaving():
-            leaver = {"service": service, "status": _STATUSES[State.FAILED], "checks": {"draining": reason}}
+            leaver = {
+                "service": service,
+                "status": _STATUSES[State.FAILED],
+                "checks": {"draining": shown(reason)},
+            }
             return web.json_response(leaver, status=503)
         results = await known.results()
         states = {state_of(result) for result in results.values()}
         worst = next((state for state in (State.FAILED, State.DEGRADED) if state in states), State.OK)
-        body = {"service": service, "status": _STATUSES[worst], "checks": dict(results)}
+        body = {
+            "service": service,
+            "status": _STATUSES[worst],
+            "checks": {check: shown(result) for check, result in results.items()},
+        }
         return web.json_response(body, status=503 if worst is State.FAILED else 200)
 
     return [web.get("/healthz", healthz), web.get("/readyz", readyz)]

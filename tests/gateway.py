@@ -79,6 +79,11 @@ class Gateway:
         async with self.session.request(method, url, **options) as response:
             return Answer(response.status, response.headers, await response.text())
 
+    async def says(self, check: str) -> str:
+        """Return what a check of this process's gateway finds, in words."""
+        assert self.served is not None
+        return (await health.readiness(self.served.checks))[check]
+
     async def get(self, path: str, subject: str | None = "demo") -> Answer:
         return await self.ask("GET", path, headers=bearer(subject) if subject is not None else {})
 

@@ -355,10 +355,10 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Whether what the gateway needs answers: `ok`, or what is wrong, for each."""
+    """Whether what the gateway needs answers. Why something does not is said on the health port, to operators alone."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     service: str
     status: Literal["ready", "degraded", "not ready"]
-    checks: dict[str, str]
+    checks: dict[str, Literal["ok", "degraded", "failed"]]

@@ -409,8 +409,8 @@ async def test_a_gateway_has_a_bounded_number_of_streams(database_url: str, bus:
         before = sample("gateway_requests_refused_total", reason="streams")
         assert (await gateway.get(PATH)).status == 503
         assert sample("gateway_requests_refused_total", reason="streams") == before + 1
-        ready = (await gateway.get("/readyz", None)).json()
-        assert ready["checks"]["streams"].startswith("too many streams, new ones refused: 1 in 0 s")
+        assert (await gateway.says("streams")).startswith("too many streams, new ones refused: 1 in 0 s")
+        assert (await gateway.get("/readyz", None)).json()["checks"]["streams"] == "degraded"
 
 
 @pytest.mark.usefixtures("demo")
