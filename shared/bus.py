@@ -514,8 +514,7 @@ class Bus:
                 self._inbox, self._publisher = inbox, Publisher(self._client, inbox)
                 self._js = self._client.jetstream(timeout=PUBLISH_TIMEOUT_SECONDS)
                 log.info("bus_connected")
-                bus_metrics.connected.set(1)
-                self._storing.forget()
+                self._begin_anew()
                 await self._keep_streams()
             except FAILURES as error:
                 await self._on_error(error)
@@ -630,12 +629,16 @@ class Bus:
 
     async def _on_reconnected(self) -> None:
         log.info("bus_reconnected")
-        bus_metrics.connected.set(1)
         bus_metrics.reconnects.inc()
-        self._storing.forget()
-        self._problem = _NOT_CONNECTED
+        self._begin_anew()
         self.streams_found += 1
         self._doubtful.set()
+
+    def _begin_anew(self) -> None:
+        """Forget what was wrong: the server that lets us in may be another one, or have another configuration."""
+        bus_metrics.connected.set(1)
+        self._storing.forget()
+        self._problem = _NOT_CONNECTED
 
     def _say_problem(self, problem: str) -> None:
         """Log each problem once until all is well again; a refused password outlasts the resets that follow it."""
