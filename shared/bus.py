@@ -5,6 +5,7 @@ All that speaks with NATS is here and in the modules just below: `publishing`, `
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -26,7 +27,7 @@ from shared.inbox import Inbox
 from shared.messages import DEAD_LETTERS, STREAMS, Message, Probe, Stream, probe_subject
 from shared.publishing import PUBLISH_TIMEOUT_SECONDS, Outgoing, Publisher
 from shared.requests import Refused, Reply, Unanswered
-from shared.storing import Storing, count_unacknowledged
+from shared.storing import FORBIDDEN, Storing, count_unacknowledged
 from shared.streams import Found, StreamUnfit
 
 __all__ = [  # all that a service needs of NATS comes from here
@@ -69,6 +70,8 @@ ECHOES_MISSED_MAX = 2
 
 _NOT_CONNECTED = "not connected"
 _MUTE = "the server does not answer"
+
+_FORBIDDEN = re.compile(r'permissions violation for publish to "([^"]+)"')
 
 _ADVICE = {
     "uthorization": "NATS_URL must have the user and password of nats-server",
@@ -152,6 +155,7 @@ class Bus:
         self._is_mute = False
         self._storing = Storing()
         self._said: set[str] = set()
+        self._forbidden: set[str] = set()  # subjects that we may not publish to, in lower case as the library has them
         self._ears: set[_Ear] = set()
         self._keeping: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -226,13 +230,20 @@ class Bus:
             failed = [(outgoing, self._problem) for outgoing in messages]
             count_unacknowledged(failed, lost=True)
             return failed
-        failed = await self._publisher.publish_all(messages)
+        failed = self._explained(await self._publisher.publish_all(messages))
         count_unacknowledged(failed)
         if failed:
             self._doubtful.set()  # the streams may have gone with the server's disk
         if not failed or await self._is_heard():
             self._storing.note(messages, failed)
         return failed
+
+    def _explained(self, failed: list[tuple[Outgoing, str]]) -> list[tuple[Outgoing, str]]:
+        """Say why of what the user may not publish: the server's word for that comes apart from the message."""
+        return [
+            (outgoing, FORBIDDEN if outgoing.subject.lower() in self._forbidden else why)
+            for outgoing, why in failed
+        ]
 
     async def put(self, stream: Stream, subject: str, message: Message) -> None:
         """Store a message, to be taken once; raises BusUnavailable without an acknowledgement."""
@@ -528,6 +539,8 @@ class Bus:
         while not self._closed.is_set():
             self._doubtful.clear()
             is_well = await self._find_streams() and await self._probe()
+            if is_well:
+                self._said.clear()
             pause = STREAMS_CHECK_SECONDS if is_well else FAILURE_PAUSE_SECONDS
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause):
@@ -548,7 +561,6 @@ class Bus:
         self._streams_made_at = made_at
         self.dead_letters_kept = found[DEAD_LETTERS.name].messages
         bus_metrics.dead_letters_kept.set(self.dead_letters_kept)
-        self._said.clear()
         return True
 
     async def _find_stream(self, stream: Stream) -> Found:
@@ -563,7 +575,7 @@ class Bus:
         """See whether something is stored; who publishes seldom, or never, would not know."""
         probe = Outgoing(probe_subject(self._name), Probe(probed_at=clock.utc_now()))
         assert self._publisher is not None
-        failed = await self._publisher.publish_all([probe])
+        failed = self._explained(await self._publisher.publish_all([probe]))
         if not failed or await self._is_heard():
             self._storing.note([probe], failed)
         return not failed
@@ -605,6 +617,9 @@ class Bus:
     async def _on_error(self, error: Exception) -> None:
         if isinstance(error, nats.errors.SlowConsumerError):
             self._lose_ears()  # messages of one of them were dropped
+        forbidden = _FORBIDDEN.search(str(error))
+        if forbidden and len(self._forbidden) < PROBLEMS_SAID_MAX:
+            self._forbidden.add(forbidden[1])
         self._say_problem(reason(error))
 
     def _lose_connection(self) -> None:
@@ -638,6 +653,7 @@ class Bus:
         """Forget what was wrong: the server that lets us in may be another one, or have another configuration."""
         bus_metrics.connected.set(1)
         self._storing.forget()
+        self._forbidden.clear()
         self._problem = _NOT_CONNECTED
 
     def _say_problem(self, problem: str) -> None:

@@ -16,6 +16,8 @@ ADVICE = (
     "does not write again by itself"
 )
 NO_LEADER_ADVICE = "no server leads the stream: see that most of the cluster's servers run"
+FORBIDDEN = "the user in NATS_URL may not publish there"
+FORBIDDEN_ADVICE = "allow the user in NATS_URL to publish to the stream's subjects: see the server's authorization"
 FULL = "10077"
 """The error of a stream that has reached its own bound: what it refuses says nothing of the server."""
 SUBJECTS_REMEMBERED_MAX = 10_000
@@ -64,7 +66,7 @@ class Storing:
             return
         bus_metrics.storing.labels(stream).set(0)
         if stream not in self._silent:
-            advice = NO_LEADER_ADVICE if problem == NO_STREAM else ADVICE
+            advice = {NO_STREAM: NO_LEADER_ADVICE, FORBIDDEN: FORBIDDEN_ADVICE}.get(problem, ADVICE)
             log.warning("bus_does_not_store", stream=stream, reason=problem, advice=advice)
         self._silent[stream] = problem
 

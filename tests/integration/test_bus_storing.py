@@ -19,7 +19,7 @@ from shared.bus import Bus
 from shared.clock import utc_now
 from shared.messages import TIMER
 from shared.publishing import LATE, LOST, NO_STREAM
-from shared.storing import Storing
+from shared.storing import FORBIDDEN, Storing
 from tests.conftest import ROOT
 from tests.metrics import sample
 from tests.waiting import eventually
@@ -167,3 +167,29 @@ def test_what_is_refused_for_the_streams_own_bound_says_nothing_of_the_server() 
         assert storing.problem is not None
         storing.note([due], [])
         assert storing.problem is None
+
+
+async def test_probe_that_the_user_may_not_publish_is_said_once_and_named_apart_from_a_full_disk(
+    tmp_path: Path,
+) -> None:
+    user = 'user: $NATS_USER, password: $NATS_PASSWORD, permissions: {publish: {deny: ["probes.v1.>"]}}'
+    options = f"authorization: {{users: [{{{user}}}]}}\n"
+    problem = f"JetStream does not store what is published to PROBES: {FORBIDDEN}"
+    with nats_node(tmp_path / "nats", options) as node, capture_logs() as logs:
+        async with Bus(node.url, name="Tests") as bus:
+
+            async def is_said() -> bool:
+                return await bus.check() == problem
+
+            await eventually(is_said, timeout=20)
+
+            async def has_tried_again() -> bool:
+                return node.log.read_text().count("Publish Violation") >= 3
+
+            await eventually(has_tried_again, timeout=30, every=0.2)
+            assert await publish(bus)  # all else is stored
+            assert await bus.check() == problem
+    (said,) = [line for line in logs if line["event"] == "bus_does_not_store"]
+    assert "authorization" in said["advice"]
+    assert "room" not in said["advice"]
+    assert len([line for line in logs if line["event"] == "bus_problem"]) == 1
