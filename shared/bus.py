@@ -155,7 +155,9 @@ class Bus:
         self._is_mute = False
         self._storing = Storing()
         self._said: set[str] = set()
-        self._forbidden: set[str] = set()  # subjects that we may not publish to, in lower case as the library has them
+        self._forbidden: set[str] = (
+            set()
+        )  # subjects that we may not publish to, in lower case as the library has them
         self._ears: set[_Ear] = set()
         self._keeping: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
