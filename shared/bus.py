@@ -154,6 +154,7 @@ class Bus:
         self._consumer_problem: str | None = None
         self._is_mute = False
         self._storing = Storing()
+        self._sized: set[str] = set()  # of these a bound of the size was asked for: it may not be had
         self._said: set[str] = set()
         self._forbidden: set[str] = (
             set()
@@ -566,12 +567,17 @@ class Bus:
         return True
 
     async def _find_stream(self, stream: Stream) -> Found:
-        return await streams.find_stream(
+        sized = stream.name not in self._sized
+        found = await streams.find_stream(
             self._client,
             self._owned.get(stream.name, stream),
             owned=stream.name in self._owned,
+            sized=sized,
             replicas=self._replicas,
         )
+        if sized:
+            self._sized.add(stream.name)
+        return found
 
     async def _probe(self) -> bool:
         """See whether something is stored; who publishes seldom, or never, would not know."""
@@ -655,6 +661,7 @@ class Bus:
         """Forget what was wrong: the server that lets us in may be another one, or have another configuration."""
         bus_metrics.connected.set(1)
         self._storing.forget()
+        self._sized.clear()
         self._forbidden.clear()
         self._problem = _NOT_CONNECTED
 

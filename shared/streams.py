@@ -62,12 +62,14 @@ class Stored(NamedTuple):
     payload: bytes
 
 
-async def find_stream(client: Client, stream: Stream, *, owned: bool, replicas: int = 1) -> Found:
+async def find_stream(
+    client: Client, stream: Stream, *, owned: bool, sized: bool = True, replicas: int = 1
+) -> Found:
     """Find, make or bring up to date a stream; return it as it was found or made. Raises StreamUnfit.
 
-    Subjects that are missing are added, and copies until there are `replicas`. What is kept is changed to what `stream`
-    says when it is `owned`, its size when it has no bound. Everything else stays as it is found: an operator may have
-    changed it. A server that cannot grant the size gives the stream none.
+    Subjects that are missing are added, and copies until there are `replicas`. One without a bound of its size gets
+    that of `stream` if it is to be `sized`; a server that cannot grant it gives none. What else is kept is changed to
+    what `stream` says when it is `owned`. Everything else stays as it is found: an operator may have changed it.
     """
     try:
         found = _found(await _api(client, f"STREAM.INFO.{stream.name}"))
@@ -80,7 +82,7 @@ async def find_stream(client: Client, stream: Stream, *, owned: bool, replicas: 
             await _api(client, f"STREAM.DELETE.{stream.name}")
             return await _made(client, stream, replicas)
         replicas = 1  # who publishes it makes it anew
-    changes = _changes(found.configuration, stream, owned=owned, replicas=replicas)
+    changes = _changes(found.configuration, stream, owned=owned, sized=sized, replicas=replicas)
     if changes:
         await _sized(client, f"STREAM.UPDATE.{stream.name}", found.configuration | changes, stream)
         log.info("bus_stream_updated", stream=stream.name, changed=sorted(changes))
@@ -158,7 +160,9 @@ def _found(answer: Mapping[str, Any]) -> Found:
     return Found(answer["created"], answer["config"], answer["state"]["messages"])
 
 
-def _changes(found: _Configuration, stream: Stream, *, owned: bool, replicas: int) -> _Configuration:
+def _changes(
+    found: _Configuration, stream: Stream, *, owned: bool, sized: bool, replicas: int
+) -> _Configuration:
     changes: _Configuration = {}
     if found.get("num_replicas", 1) < replicas:
         changes["num_replicas"] = replicas
@@ -171,8 +175,8 @@ def _changes(found: _Configuration, stream: Stream, *, owned: bool, replicas: in
     if owned:
         limits = _limits(stream)
         changes |= {name: limit for name, limit in limits.items() if found.get(name) != limit}
-        if found.get("max_bytes", -1) <= 0:
-            changes |= _size(stream)
+    if sized and found.get("max_bytes", -1) <= 0:
+        changes |= _size(stream)
     if "max_age" in changes and 0 < changes["max_age"] < found.get("duplicate_window", 0):
         changes["duplicate_window"] = changes["max_age"]
     return changes
