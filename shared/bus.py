@@ -6,7 +6,7 @@ All that speaks with NATS is here and in the modules just below: `publishing`, `
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, Self, TypeVar
@@ -356,11 +356,13 @@ class Bus:
         ack_wait_seconds: float,
         stop: asyncio.Event,
         deliveries_max: int = DELIVERIES_MAX,
+        postponed: Callable[[Delivery], int] = lambda _: 0,
     ) -> AsyncIterator[Delivery]:
         """Yield the stream's messages one at a time, shared with all consumers of the same name, until `stop`.
 
         Survives a server that restarts, freezes or loses its disk: the consumer is made again. A message that was
-        delivered `deliveries_max` times and not answered is put aside as a dead letter instead.
+        delivered `deliveries_max` times and not answered is put aside as a dead letter instead. Deliveries of a message
+        that `postponed` tells of are not counted: it was not due yet, and handed back for that.
         """
         assert len(stream.subjects) == 1
         subscription: _Context.PullSubscription | None = None
@@ -392,6 +394,7 @@ class Bus:
                 continue
             for message in messages:
                 delivery = Delivery(message, self._keep_letter, service=self._name, consumer=durable)
+                delivery.deliveries = max(1, delivery.deliveries - postponed(delivery))
                 if delivery.deliveries > 1:
                     bus_metrics.redeliveries.labels(durable).inc()
                 if delivery.deliveries > deliveries_max:

@@ -121,12 +121,25 @@ class Worker:
 
 async def _handle_each(worker: Worker, ack_wait_seconds: float) -> None:
     async for delivery in worker.bus.consume(
-        TIMER, durable=CONSUMER, ack_wait_seconds=ack_wait_seconds, stop=worker.stop
+        TIMER,
+        durable=CONSUMER,
+        ack_wait_seconds=ack_wait_seconds,
+        stop=worker.stop,
+        postponed=_early_deliveries,
     ):
         work = _handle_or_give_back(worker, delivery)
         await lifecycle.finish(work, worker.stop, stop_seconds_max=STOP_SECONDS_MAX)
         if not delivery.is_answered:  # cut off: another replica goes on
             await delivery.postpone(0)
+
+
+def _early_deliveries(delivery: Delivery) -> int:
+    """Return how many deliveries there were before the slot was due: one, of a message that was published early."""
+    try:
+        due = SnapshotDue.model_validate_json(delivery.payload)
+    except ValidationError:
+        return 0
+    return int(due.scheduled_at - delivery.published_at > CLOCK_SKEW_MAX)
 
 
 async def _handle_or_give_back(worker: Worker, delivery: Delivery) -> None:

@@ -28,6 +28,7 @@ from shared.market_hours import MarketHours
 from shared.messages import SNAPSHOT_DUE, TIMER, SnapshotDue, SnapshotsTaken, Stream
 from tests.factories import create_user, set_position, set_price
 from tests.market import closed_now, open_now
+from tests.metrics import sample
 from tests.waiting import eventually
 
 SLOT = datetime(2026, 3, 2, 15, 0, tzinfo=UTC)
@@ -485,6 +486,7 @@ async def test_a_message_that_is_early_waits_as_the_timers_own_is_dropped_as_its
     database: Database, bus: Bus, client: Client
 ) -> None:
     await create_user(database, "early", cash="5")
+    redeliveries = sample("bus_redeliveries_total", consumer=snapshots.CONSUMER)
     at = utc_now() + snapshots.CLOCK_SKEW_MAX + timedelta(seconds=1)
     with capture_logs() as logs:
         async with snapshotter(database, bus):
@@ -500,6 +502,9 @@ async def test_a_message_that_is_early_waits_as_the_timers_own_is_dropped_as_its
             assert utc_now() >= at
             await eventually(lambda: is_all_acknowledged(client))
     assert [row[1] for row in await stored(database)] == [at]
+    # That it comes again is no sign of a replica that died.
+    assert "snapshot_redelivered" not in {line["event"] for line in logs}
+    assert sample("bus_redeliveries_total", consumer=snapshots.CONSUMER) == redeliveries
 
 
 async def test_an_outage_across_a_boundary_loses_no_later_slot(bus: Bus, client: Client) -> None:
