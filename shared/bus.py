@@ -28,7 +28,7 @@ from shared.messages import DEAD_LETTERS, STREAMS, Message, Probe, Stream, probe
 from shared.publishing import PUBLISH_TIMEOUT_SECONDS, Outgoing, Publisher
 from shared.requests import Refused, Reply, Unanswered
 from shared.storing import FORBIDDEN, Storing, count_unacknowledged
-from shared.streams import Found, StreamUnfit
+from shared.streams import Found, Stored, StreamUnfit
 
 __all__ = [  # all that a service needs of NATS comes from here
     "DELIVERIES_MAX",
@@ -40,6 +40,7 @@ __all__ = [  # all that a service needs of NATS comes from here
     "NumberedLetter",
     "Outgoing",
     "Refused",
+    "Stored",
     "StreamUnfit",
     "Unanswered",
 ]
@@ -263,6 +264,24 @@ class Bus:
             self._doubtful.set()
             raise BusUnavailable(reason(error)) from error
         return stored.payload if stored else None
+
+    async def backwards(self, stream: Stream, subject: str, messages_max: int) -> AsyncIterator[Stored]:
+        """Yield the last messages of a stream that has this one subject, the last one first; raises BusUnavailable."""
+        assert stream.subjects == (subject,)
+        if not self._client.is_connected:
+            raise BusUnavailable(self._problem)
+        try:
+            last = await streams.read_last(self._client, stream, subject)
+            if last is None:
+                return
+            yield last
+            for sequence in range(last.sequence - 1, max(0, last.sequence - messages_max), -1):
+                stored = await streams.read(self._client, stream, sequence)
+                if stored is not None:
+                    yield stored
+        except FAILURES as error:
+            self._doubtful.set()
+            raise BusUnavailable(reason(error)) from error
 
     async def take(self, stream: Stream, subject: str) -> bytes | None:
         """Delete the last message that was put on `subject` and return its payload; of many takers one gets it.

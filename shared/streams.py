@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ _NO_MESSAGE = 10037
 _NO_SUCH_SEQUENCE = 10043
 _NOT_DELETED = 10057
 _NO_SUCH_SPACE = frozenset({10002, 10047})
+_MESSAGE_ID = re.compile(rb"^Nats-Msg-Id: *([!-~]+)\r$", re.MULTILINE)
 
 log = logs.get_logger()
 
@@ -60,6 +62,7 @@ class Stored(NamedTuple):
 
     sequence: int
     payload: bytes
+    message_id: str | None
 
 
 async def find_stream(
@@ -122,6 +125,11 @@ async def read_from(client: Client, stream: Stream, sequence: int) -> Stored | N
     return await _read(client, stream, {"seq": sequence, "next_by_subj": ">"})
 
 
+async def read(client: Client, stream: Stream, sequence: int) -> Stored | None:
+    """Return the message of that number; None when it is not there (any more)."""
+    return await _read(client, stream, {"seq": sequence})
+
+
 async def read_last(client: Client, stream: Stream, subject: str) -> Stored | None:
     """Return the last message on `subject`; None when there is none."""
     return await _read(client, stream, {"last_by_subj": subject})
@@ -134,7 +142,12 @@ async def _read(client: Client, stream: Stream, which: dict[str, Any]) -> Stored
         if error.err_code == _NO_MESSAGE:
             return None
         raise
-    return Stored(stored["seq"], base64.b64decode(stored.get("data", "")))
+    message_id = _MESSAGE_ID.search(base64.b64decode(stored.get("hdrs", "")))
+    return Stored(
+        stored["seq"],
+        base64.b64decode(stored.get("data", "")),
+        message_id[1].decode() if message_id else None,
+    )
 
 
 async def delete(client: Client, stream: Stream, sequence: int) -> bool:

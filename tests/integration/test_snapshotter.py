@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import cast
+from typing import Any, cast
 
 import asyncpg
 import nats
@@ -19,13 +19,13 @@ from prometheus_client import Counter
 from structlog.testing import capture_logs
 
 from services.snapshotter import queries, snapshots, timer
-from shared.bus import Bus, Outgoing
+from shared.bus import Bus, Outgoing, Stored
 from shared.clock import last_boundary, utc_now
 from shared.database import Database
 from shared.database_clock import DatabaseClock
 from shared.market_calendar import Calendar
 from shared.market_hours import MarketHours
-from shared.messages import SNAPSHOT_DUE, TIMER, SnapshotDue, SnapshotsTaken, Stream
+from shared.messages import SNAPSHOT_DUE, TIMER, SnapshotDue, SnapshotsTaken
 from tests.factories import create_user, set_position, set_price
 from tests.market import closed_now, open_now
 from tests.metrics import sample
@@ -552,8 +552,8 @@ async def test_with_room_for_late_slots_an_outage_loses_none(bus: Bus, client: C
         async def wait_until_ready(self, stop: asyncio.Event) -> bool:
             return True
 
-        async def last(self, stream: Stream, subject: str) -> bytes | None:
-            return await bus.last(stream, subject)
+        def backwards(self, *asked: Any) -> AsyncIterator[Stored]:
+            return bus.backwards(*asked)
 
         async def publish_all(self, batch: Iterable[Outgoing]) -> list[tuple[Outgoing, str]]:
             messages = list(batch)
@@ -594,6 +594,99 @@ async def test_with_room_for_late_slots_those_that_no_timer_announced_before_the
         stop.set()
     # The slots five and four hours ago are older than three and a half.
     assert await announced_slots(client) == [under_way - hours * interval for hours in (6, 3, 2, 1, 0)]
+
+
+def by_hand(at: datetime, message_id: str | None = None) -> Outgoing:
+    return Outgoing(SNAPSHOT_DUE, SnapshotDue(scheduled_at=at), message_id)
+
+
+async def test_what_is_published_by_hand_hides_no_slot_that_no_timer_announced(
+    bus: Bus, client: Client
+) -> None:
+    """Seven hours ago all timers ended; somebody has published three slots since, one of them not due yet."""
+    hour = timedelta(hours=1)
+    under_way = last_boundary(utc_now(), hour)
+    await bus.publish(timer.due(under_way - 6 * hour, 0, 1))
+    await bus.publish(timer.due(under_way + 2 * hour, 0, 1))  # of a clock that was ahead
+    hands = [by_hand(under_way - 2 * hour), by_hand(under_way), by_hand(under_way + hour)]
+    for message in (*hands, Outgoing(SNAPSHOT_DUE, b"{")):
+        await bus.publish(message)
+    missed = counted(timer.slots_missed)
+    stop = asyncio.Event()
+
+    async def announced() -> list[datetime]:
+        count = (await client.jetstream().stream_info(TIMER.name)).state.messages
+        messages = [await client.jetstream().get_msg(TIMER.name, number + 1) for number in range(6, count)]
+        return [SnapshotDue.model_validate_json(message.data or b"").scheduled_at for message in messages]
+
+    async def is_announced() -> bool:
+        return under_way in await announced()
+
+    async with asyncio.TaskGroup() as tasks:
+        late_max = utc_now() - under_way + 3.5 * hour
+        tasks.create_task(timer.run(bus, hour, 1, stop, late_max=late_max))
+        await eventually(is_announced)
+        stop.set()
+    assert await announced() == [under_way - hours * hour for hours in (3, 2, 1, 0)]
+    assert counted(timer.slots_missed) - missed == 2  # five and four hours ago
+
+
+async def test_dead_letter_that_is_replayed_before_a_start_makes_no_slot_a_missed_one(
+    bus: Bus, client: Client
+) -> None:
+    hour = timedelta(hours=1)
+    under_way = last_boundary(utc_now(), hour)
+    await bus.publish(timer.due(under_way - hour, 0, 1))
+    await bus.publish(by_hand(under_way - 24 * hour, "dead_letter/7/2026-03-02T15:00:00+00:00"))
+    missed = counted(timer.slots_missed)
+    stop = asyncio.Event()
+
+    async def is_announced() -> bool:
+        return under_way in await announced_slots(client)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(timer.run(bus, hour, 1, stop, late_max=3 * hour))
+        await eventually(is_announced)
+        stop.set()
+    assert await announced_slots(client) == [under_way - hours * hour for hours in (1, 24, 0)]
+    assert counted(timer.slots_missed) == missed
+
+
+@pytest.mark.parametrize(
+    ("announced_hours_ago", "missed"), [(None, 0), (0, 0), (1, 1)], ids=("none", "it", "the one before")
+)
+async def test_slot_under_way_that_is_too_late_at_the_start_is_not_announced_and_missed_if_nobody_did(
+    bus: Bus, client: Client, announced_hours_ago: int | None, missed: int
+) -> None:
+    """A slot may be late by five minutes; the timer begins ten minutes after one."""
+    hour, minutes = timedelta(hours=1), timedelta(minutes=1)
+    expected = []
+    if announced_hours_ago is not None:
+        expected = [SLOT - announced_hours_ago * hour]
+        await bus.publish(timer.due(expected[0], 0, 1))
+    before = counted(timer.slots_missed)
+    set_to = [SLOT + 10 * minutes]
+    read = asyncio.Event()
+    stop = asyncio.Event()
+
+    def now() -> datetime:
+        if set_to[-1] < SLOT + hour and len(set_to) > 3:  # so often it has looked at the slot under way
+            read.set()
+        set_to.append(set_to[-1])
+        return set_to[-1]
+
+    async def is_announced() -> bool:
+        return SLOT + hour in await announced_slots(client)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(timer.run(bus, hour, 1, stop, late_max=5 * minutes, now=now))
+        async with asyncio.timeout(10):
+            await read.wait()
+        set_to.append(SLOT + hour)
+        await eventually(is_announced)
+        stop.set()
+    assert await announced_slots(client) == [*expected, SLOT + hour]
+    assert counted(timer.slots_missed) - before == missed
 
 
 async def test_slot_whose_timer_died_between_two_shards_is_announced_in_full_by_a_later_one(
