@@ -25,7 +25,7 @@ from shared.database import Database
 from shared.database_clock import DatabaseClock
 from shared.market_calendar import Calendar
 from shared.market_hours import MarketHours
-from shared.messages import SNAPSHOT_DUE, TIMER, SnapshotDue, SnapshotsTaken
+from shared.messages import SNAPSHOT_DUE, SNAPSHOTS_TAKEN, TIMER, SnapshotDue, SnapshotsTaken
 from tests.factories import create_user, set_position, set_price
 from tests.market import closed_now, open_now
 from tests.metrics import sample
@@ -1062,6 +1062,62 @@ async def test_slot_that_is_announced_again_long_after_it_was_stored_has_not_ove
     events = [line["event"] for line in logs]
     assert "snapshots_taken" in events
     assert "slot_overran" not in events
+
+
+async def test_slot_that_comes_again_when_it_is_too_late_is_a_duplicate_and_none_that_was_left_out(
+    database: Database,
+    bus: Bus,
+    client: Client,
+    heard: Callable[[], Awaitable[list[SnapshotsTaken]]],
+) -> None:
+    """As after a replica that died between its commit and its acknowledgement; what it did not tell is told."""
+    await create_user(database, cash="1")
+    now = utc_now()
+    there, missing = now - 3 * MINUTE, now - 2 * MINUTE
+    await queries.take_snapshots(database, there, 0, 1)
+    await create_user(database, "new", cash="1")  # has none of that slot, and gets none
+    outcomes = {each: snapshots.shards_handled.labels(each) for each in ("duplicate", "skipped", "taken")}
+    before = {each: counted(counter) for each, counter in outcomes.items()}
+    with capture_logs() as logs:
+        async with snapshotter(database, bus):
+            for at in (there, missing):
+                await bus.publish(timer.due(at, 0, 1))
+            await eventually(lambda: is_all_acknowledged(client))
+    counts = {each: counted(counter) - before[each] for each, counter in outcomes.items()}
+    assert counts == {"duplicate": 1, "skipped": 1, "taken": 0}
+    said = [line["scheduled_at"] for line in logs if line["event"] == "snapshot_skipped"]
+    assert said == [missing.isoformat()]
+    assert await heard() == [
+        SnapshotsTaken(scheduled_at=there, shard=0, shards=1, portfolios=1, positions=0, unpriced=0)
+    ]
+    assert [row[:2] for row in await stored(database)] == [("demo", there)]
+
+
+async def test_last_slot_is_known_after_a_start_and_goes_back_for_no_late_one(
+    database: Database, bus: Bus, client: Client
+) -> None:
+    """Else all replicas together would say after a deployment that nothing was ever stored."""
+    await create_user(database, cash="1")
+    now = last_boundary(utc_now(), timedelta(seconds=1))
+    told = SnapshotsTaken(scheduled_at=now, shard=0, shards=1, portfolios=1, positions=0, unpriced=0)
+    await bus.publish(Outgoing(SNAPSHOTS_TAKEN, told))
+    snapshots.last_slot.set(0)
+
+    async def is_known() -> bool:
+        return sample("snapshot_last_slot_timestamp_seconds") == now.timestamp()
+
+    async with snapshotter(database, bus, late_max=5 * MINUTE):
+        await eventually(is_known)
+        await bus.publish(timer.due(now - MINUTE, 0, 1))
+        await eventually(lambda: stored(database))
+        await eventually(lambda: is_all_acknowledged(client))
+        assert await is_known()
+        await bus.publish(timer.due(now + timedelta(seconds=1), 0, 1))
+
+        async def is_newer() -> bool:
+            return sample("snapshot_last_slot_timestamp_seconds") == now.timestamp() + 1
+
+        await eventually(is_newer)
 
 
 def counted(counter: Counter) -> float:
