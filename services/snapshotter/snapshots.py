@@ -38,7 +38,7 @@ EARLY_MAX = DUPLICATE_WINDOW
 """Of a message so early the copy that comes when the slot is due is dropped as a duplicate: it is the only one."""
 
 FOUND_FOR = timedelta(days=30)
-"""For so long after it became too late a slot is looked for before it is said to be skipped. Dead letters stay so long."""
+"""For so long after it became too late a slot is looked for before it is said to be skipped; as dead letters stay."""
 FAILED_IN_A_ROW_MAX = 5
 """Messages, however often each: more than may be poisonous at a time."""
 

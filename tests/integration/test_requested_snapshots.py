@@ -403,7 +403,8 @@ async def test_request_that_has_waited_for_its_turn_is_refused_while_who_asks_ca
             asking = [gateway.create_task(refused_over_the_bus(bus, user_id)) for user_id in held]
 
             async def both_wait() -> bool:
-                return await database.fetch_value("SELECT count(*) = 2 FROM pg_locks WHERE NOT granted")
+                waiting = await database.fetch_value("SELECT count(*) FROM pg_locks WHERE NOT granted")
+                return bool(waiting == 2)
 
             await eventually(both_wait)
             refusal = await refused_over_the_bus(bus, free)
