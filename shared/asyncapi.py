@@ -415,6 +415,9 @@ def _kept(stream: Stream) -> _Node:
         kept["max_msgs"] = stream.messages_max
     if stream.max_age:
         kept["max_age_seconds"] = int(stream.max_age.total_seconds())
+    if stream.bytes_max:
+        kept["max_bytes"] = stream.bytes_max
+        kept["discard"] = "old" if stream.discards_oldest else "new"
     return kept
 
 

@@ -5,7 +5,8 @@ All that speaks with NATS is here and in the modules just below: `publishing`, `
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, Self, TypeVar
@@ -26,8 +27,8 @@ from shared.inbox import Inbox
 from shared.messages import DEAD_LETTERS, STREAMS, Message, Probe, Stream, probe_subject
 from shared.publishing import PUBLISH_TIMEOUT_SECONDS, Outgoing, Publisher
 from shared.requests import Refused, Reply, Unanswered
-from shared.storing import Storing, count_unacknowledged
-from shared.streams import Found, StreamUnfit
+from shared.storing import FORBIDDEN, Storing, count_unacknowledged
+from shared.streams import Found, Stored, StreamUnfit
 
 __all__ = [  # all that a service needs of NATS comes from here
     "DELIVERIES_MAX",
@@ -39,6 +40,7 @@ __all__ = [  # all that a service needs of NATS comes from here
     "NumberedLetter",
     "Outgoing",
     "Refused",
+    "Stored",
     "StreamUnfit",
     "Unanswered",
 ]
@@ -69,6 +71,8 @@ ECHOES_MISSED_MAX = 2
 
 _NOT_CONNECTED = "not connected"
 _MUTE = "the server does not answer"
+
+_FORBIDDEN = re.compile(r'permissions violation for publish to "([^"]+)"')
 
 _ADVICE = {
     "uthorization": "NATS_URL must have the user and password of nats-server",
@@ -151,7 +155,11 @@ class Bus:
         self._consumer_problem: str | None = None
         self._is_mute = False
         self._storing = Storing()
+        self._sized: set[str] = set()  # of these a bound of the size was asked for: it may not be had
         self._said: set[str] = set()
+        self._forbidden: set[str] = (
+            set()
+        )  # subjects that we may not publish to, in lower case as the library has them
         self._ears: set[_Ear] = set()
         self._keeping: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -226,13 +234,20 @@ class Bus:
             failed = [(outgoing, self._problem) for outgoing in messages]
             count_unacknowledged(failed, lost=True)
             return failed
-        failed = await self._publisher.publish_all(messages)
+        failed = self._explained(await self._publisher.publish_all(messages))
         count_unacknowledged(failed)
         if failed:
             self._doubtful.set()  # the streams may have gone with the server's disk
         if not failed or await self._is_heard():
             self._storing.note(messages, failed)
         return failed
+
+    def _explained(self, failed: list[tuple[Outgoing, str]]) -> list[tuple[Outgoing, str]]:
+        """Say why of what the user may not publish: the server's word for that comes apart from the message."""
+        return [
+            (outgoing, FORBIDDEN if outgoing.subject.lower() in self._forbidden else why)
+            for outgoing, why in failed
+        ]
 
     async def put(self, stream: Stream, subject: str, message: Message) -> None:
         """Store a message, to be taken once; raises BusUnavailable without an acknowledgement."""
@@ -249,6 +264,24 @@ class Bus:
             self._doubtful.set()
             raise BusUnavailable(reason(error)) from error
         return stored.payload if stored else None
+
+    async def backwards(self, stream: Stream, subject: str, messages_max: int) -> AsyncIterator[Stored]:
+        """Yield the last messages of a stream that has this one subject, the last one first; raises BusUnavailable."""
+        assert stream.subjects == (subject,)
+        if not self._client.is_connected:
+            raise BusUnavailable(self._problem)
+        try:
+            last = await streams.read_last(self._client, stream, subject)
+            if last is None:
+                return
+            yield last
+            for sequence in range(last.sequence - 1, max(0, last.sequence - messages_max), -1):
+                stored = await streams.read(self._client, stream, sequence)
+                if stored is not None:
+                    yield stored
+        except FAILURES as error:
+            self._doubtful.set()
+            raise BusUnavailable(reason(error)) from error
 
     async def take(self, stream: Stream, subject: str) -> bytes | None:
         """Delete the last message that was put on `subject` and return its payload; of many takers one gets it.
@@ -343,11 +376,13 @@ class Bus:
         ack_wait_seconds: float,
         stop: asyncio.Event,
         deliveries_max: int = DELIVERIES_MAX,
+        postponed: Callable[[Delivery], int] = lambda _: 0,
     ) -> AsyncIterator[Delivery]:
         """Yield the stream's messages one at a time, shared with all consumers of the same name, until `stop`.
 
         Survives a server that restarts, freezes or loses its disk: the consumer is made again. A message that was
-        delivered `deliveries_max` times and not answered is put aside as a dead letter instead.
+        delivered `deliveries_max` times and not answered is put aside as a dead letter instead. Deliveries of a message
+        that `postponed` tells of are not counted: it was not due yet, and handed back for that.
         """
         assert len(stream.subjects) == 1
         subscription: _Context.PullSubscription | None = None
@@ -379,6 +414,7 @@ class Bus:
                 continue
             for message in messages:
                 delivery = Delivery(message, self._keep_letter, service=self._name, consumer=durable)
+                delivery.deliveries = max(1, delivery.deliveries - postponed(delivery))
                 if delivery.deliveries > 1:
                     bus_metrics.redeliveries.labels(durable).inc()
                 if delivery.deliveries > deliveries_max:
@@ -515,8 +551,7 @@ class Bus:
                 self._inbox, self._publisher = inbox, Publisher(self._client, inbox)
                 self._js = self._client.jetstream(timeout=PUBLISH_TIMEOUT_SECONDS)
                 log.info("bus_connected")
-                bus_metrics.connected.set(1)
-                self._storing.forget()
+                self._begin_anew()
                 await self._keep_streams()
             except FAILURES as error:
                 await self._on_error(error)
@@ -530,6 +565,8 @@ class Bus:
         while not self._closed.is_set():
             self._doubtful.clear()
             is_well = await self._find_streams() and await self._probe()
+            if is_well:
+                self._said.clear()
             pause = STREAMS_CHECK_SECONDS if is_well else FAILURE_PAUSE_SECONDS
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause):
@@ -550,22 +587,26 @@ class Bus:
         self._streams_made_at = made_at
         self.dead_letters_kept = found[DEAD_LETTERS.name].messages
         bus_metrics.dead_letters_kept.set(self.dead_letters_kept)
-        self._said.clear()
         return True
 
     async def _find_stream(self, stream: Stream) -> Found:
-        return await streams.find_stream(
+        sized = stream.name not in self._sized
+        found = await streams.find_stream(
             self._client,
             self._owned.get(stream.name, stream),
             owned=stream.name in self._owned,
+            sized=sized,
             replicas=self._replicas,
         )
+        if sized:
+            self._sized.add(stream.name)
+        return found
 
     async def _probe(self) -> bool:
         """See whether something is stored; who publishes seldom, or never, would not know."""
         probe = Outgoing(probe_subject(self._name), Probe(probed_at=clock.utc_now()))
         assert self._publisher is not None
-        failed = await self._publisher.publish_all([probe])
+        failed = self._explained(await self._publisher.publish_all([probe]))
         if not failed or await self._is_heard():
             self._storing.note([probe], failed)
         return not failed
@@ -607,6 +648,9 @@ class Bus:
     async def _on_error(self, error: Exception) -> None:
         if isinstance(error, nats.errors.SlowConsumerError):
             self._lose_ears()  # messages of one of them were dropped
+        forbidden = _FORBIDDEN.search(str(error))
+        if forbidden and len(self._forbidden) < PROBLEMS_SAID_MAX:
+            self._forbidden.add(forbidden[1])
         self._say_problem(reason(error))
 
     def _lose_connection(self) -> None:
@@ -631,12 +675,18 @@ class Bus:
 
     async def _on_reconnected(self) -> None:
         log.info("bus_reconnected")
-        bus_metrics.connected.set(1)
         bus_metrics.reconnects.inc()
-        self._storing.forget()
-        self._problem = _NOT_CONNECTED
+        self._begin_anew()
         self.streams_found += 1
         self._doubtful.set()
+
+    def _begin_anew(self) -> None:
+        """Forget what was wrong: the server that lets us in may be another one, or have another configuration."""
+        bus_metrics.connected.set(1)
+        self._storing.forget()
+        self._sized.clear()
+        self._forbidden.clear()
+        self._problem = _NOT_CONNECTED
 
     def _say_problem(self, problem: str) -> None:
         """Log each problem once until all is well again; a refused password outlasts the resets that follow it."""

@@ -334,9 +334,29 @@ def prices_stream(replay: timedelta) -> Stream:
 
 PRICES = prices_stream(PRICE_REPLAY_DEFAULT)
 FEED = Stream("FEED", (FEED_STATUS, PRICES_CONFIRMED), messages_per_subject=1)
-TIMER = Stream("TIMER", (SNAPSHOT_DUE,), max_age=timedelta(days=2))
-PORTFOLIO = Stream("PORTFOLIO", (SNAPSHOTS_TAKEN, REQUESTED_SNAPSHOT_TAKEN), max_age=timedelta(days=7))
-TICKETS = Stream("TICKETS", (ALL_TICKETS,), max_age=timedelta(minutes=1), in_memory=True)
+# A message takes about so many bytes there: a due shard 190, a shard that was taken 260, a requested snapshot 330, a
+# ticket 250. Together with PRICES it is three quarters of what the server may keep, so that none takes another's share.
+TIMER = Stream(
+    "TIMER",
+    (SNAPSHOT_DUE,),
+    max_age=timedelta(days=2),
+    bytes_max=128 * 1024 * 1024,  # 700,000 of them: a slot every second in four shards
+    discards_oldest=True,
+)
+PORTFOLIO = Stream(
+    "PORTFOLIO",
+    (SNAPSHOTS_TAKEN, REQUESTED_SNAPSHOT_TAKEN),
+    max_age=timedelta(days=7),
+    bytes_max=256 * 1024 * 1024,  # 800,000 of them: 10,000 users who ask eleven times a day
+    discards_oldest=True,
+)
+TICKETS = Stream(
+    "TICKETS",
+    (ALL_TICKETS,),
+    max_age=timedelta(minutes=1),
+    in_memory=True,
+    bytes_max=16 * 1024 * 1024,  # 65,000 of them, a quarter of the memory; nobody loses one that he has
+)
 DEAD_LETTER_PAYLOAD_BYTES_MAX = 64 * 1024
 """So that a letter, with its payload in base64, is far below what the server takes (256 KB)."""
 DEAD_LETTERS = Stream(

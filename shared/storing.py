@@ -3,12 +3,13 @@
 A server whose disk is full says nothing: publishing times out, and everything else goes on as if all were well.
 """
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
 from shared import bus_metrics, logs
-from shared.messages import STREAMS
+from shared.messages import PROBES, STREAMS
 from shared.publishing import LATE, LOST, NO_STREAM, Outgoing
 
 ADVICE = (
@@ -16,18 +17,30 @@ ADVICE = (
     "does not write again by itself"
 )
 NO_LEADER_ADVICE = "no server leads the stream: see that most of the cluster's servers run"
+FORBIDDEN = "the user in NATS_URL may not publish there"
+FORBIDDEN_ADVICE = (
+    "allow the user in NATS_URL to publish to the stream's subjects: see the server's authorization"
+)
 FULL = "10077"
 """The error of a stream that has reached its own bound: what it refuses says nothing of the server."""
+DOUBTFUL_SECONDS = 20.0
+"""Who is not acknowledged tries again far sooner, as long as he has something to publish."""
 SUBJECTS_REMEMBERED_MAX = 10_000
 
 log = logs.get_logger()
 
 
 class Storing:
-    """Which streams do not acknowledge: from the first message that is not acknowledged to the next one that is."""
+    """Which streams do not acknowledge: from the first message that is not acknowledged to the next one that is.
 
-    def __init__(self) -> None:
+    Who publishes no more, as a feeder that has lost its lease, would wait for that one for ever. So what failed more
+    than DOUBTFUL_SECONDS ago is over, too, once a probe is stored: all streams were found just before, with a leader.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._silent: dict[str, str] = {}
+        self._failed_at: dict[str, float] = {}
 
     @property
     def problem(self) -> str | None:
@@ -48,6 +61,14 @@ class Storing:
                 problems.setdefault(stream, "")
         for stream in {stream_of(outgoing.subject) for outgoing in batch}:
             self._set(stream, problems.get(stream))
+            if stream == PROBES.name and stream not in problems:
+                self._end_doubts()
+
+    def _end_doubts(self) -> None:
+        now = self._clock()
+        for stream in tuple(self._silent):
+            if now - self._failed_at[stream] > DOUBTFUL_SECONDS:
+                self._set(stream, None)
 
     def forget(self) -> None:
         """Begin anew, as it is another server, or the same one after a restart."""
@@ -64,9 +85,10 @@ class Storing:
             return
         bus_metrics.storing.labels(stream).set(0)
         if stream not in self._silent:
-            advice = NO_LEADER_ADVICE if problem == NO_STREAM else ADVICE
+            advice = {NO_STREAM: NO_LEADER_ADVICE, FORBIDDEN: FORBIDDEN_ADVICE}.get(problem, ADVICE)
             log.warning("bus_does_not_store", stream=stream, reason=problem, advice=advice)
         self._silent[stream] = problem
+        self._failed_at[stream] = self._clock()
 
 
 def count_unacknowledged(failed: Iterable[tuple[Outgoing, str]], *, lost: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ _NO_MESSAGE = 10037
 _NO_SUCH_SEQUENCE = 10043
 _NOT_DELETED = 10057
 _NO_SUCH_SPACE = frozenset({10002, 10047})
+_MESSAGE_ID = re.compile(rb"^Nats-Msg-Id: *([!-~]+)\r$", re.MULTILINE)
 
 log = logs.get_logger()
 
@@ -60,14 +62,17 @@ class Stored(NamedTuple):
 
     sequence: int
     payload: bytes
+    message_id: str | None
 
 
-async def find_stream(client: Client, stream: Stream, *, owned: bool, replicas: int = 1) -> Found:
+async def find_stream(
+    client: Client, stream: Stream, *, owned: bool, sized: bool = True, replicas: int = 1
+) -> Found:
     """Find, make or bring up to date a stream; return it as it was found or made. Raises StreamUnfit.
 
-    Subjects that are missing are added, and copies until there are `replicas`. What is kept is changed to what `stream`
-    says when it is `owned`, its size when it has no bound. Everything else stays as it is found: an operator may have
-    changed it. A server that cannot grant the size gives the stream none.
+    Subjects that are missing are added, and copies until there are `replicas`. One without a bound of its size gets
+    that of `stream` if it is to be `sized`; a server that cannot grant it gives none. What else is kept is changed to
+    what `stream` says when it is `owned`. Everything else stays as it is found: an operator may have changed it.
     """
     try:
         found = _found(await _api(client, f"STREAM.INFO.{stream.name}"))
@@ -80,7 +85,7 @@ async def find_stream(client: Client, stream: Stream, *, owned: bool, replicas: 
             await _api(client, f"STREAM.DELETE.{stream.name}")
             return await _made(client, stream, replicas)
         replicas = 1  # who publishes it makes it anew
-    changes = _changes(found.configuration, stream, owned=owned, replicas=replicas)
+    changes = _changes(found.configuration, stream, owned=owned, sized=sized, replicas=replicas)
     if changes:
         await _sized(client, f"STREAM.UPDATE.{stream.name}", found.configuration | changes, stream)
         log.info("bus_stream_updated", stream=stream.name, changed=sorted(changes))
@@ -125,6 +130,11 @@ async def read_from(client: Client, stream: Stream, sequence: int) -> Stored | N
     return await _read(client, stream, {"seq": sequence, "next_by_subj": ">"})
 
 
+async def read(client: Client, stream: Stream, sequence: int) -> Stored | None:
+    """Return the message of that number; None when it is not there (any more)."""
+    return await _read(client, stream, {"seq": sequence})
+
+
 async def read_last(client: Client, stream: Stream, subject: str) -> Stored | None:
     """Return the last message on `subject`; None when there is none."""
     return await _read(client, stream, {"last_by_subj": subject})
@@ -137,7 +147,12 @@ async def _read(client: Client, stream: Stream, which: dict[str, Any]) -> Stored
         if error.err_code == _NO_MESSAGE:
             return None
         raise
-    return Stored(stored["seq"], base64.b64decode(stored.get("data", "")))
+    message_id = _MESSAGE_ID.search(base64.b64decode(stored.get("hdrs", "")))
+    return Stored(
+        stored["seq"],
+        base64.b64decode(stored.get("data", "")),
+        message_id[1].decode() if message_id else None,
+    )
 
 
 async def delete(client: Client, stream: Stream, sequence: int) -> bool:
@@ -163,7 +178,9 @@ def _found(answer: Mapping[str, Any]) -> Found:
     return Found(answer["created"], answer["config"], answer["state"]["messages"])
 
 
-def _changes(found: _Configuration, stream: Stream, *, owned: bool, replicas: int) -> _Configuration:
+def _changes(
+    found: _Configuration, stream: Stream, *, owned: bool, sized: bool, replicas: int
+) -> _Configuration:
     changes: _Configuration = {}
     if found.get("num_replicas", 1) < replicas:
         changes["num_replicas"] = replicas
@@ -176,8 +193,8 @@ def _changes(found: _Configuration, stream: Stream, *, owned: bool, replicas: in
     if owned:
         limits = _limits(stream)
         changes |= {name: limit for name, limit in limits.items() if found.get(name) != limit}
-        if found.get("max_bytes", -1) <= 0:
-            changes |= _size(stream)
+    if sized and found.get("max_bytes", -1) <= 0:
+        changes |= _size(stream)
     if "max_age" in changes and 0 < changes["max_age"] < found.get("duplicate_window", 0):
         changes["duplicate_window"] = changes["max_age"]
     return changes

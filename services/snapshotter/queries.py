@@ -16,6 +16,7 @@ SERVER_SETTINGS = {"work_mem": "64MB", "plan_cache_mode": "force_custom_plan"}
 
 TAKE_TIMEOUT_SECONDS = 120.0
 TAKE_ATTEMPTS_MAX = 5
+COUNT_TIMEOUT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,19 @@ async def take_snapshots(
                 assert taken is not None
             return ShardTaken(taken["portfolios"], taken["positions"], taken["unpriced"], added)
     raise DatabaseUnavailable("others stored snapshots of the slot all the while")
+
+
+async def stored_snapshots(
+    database: Database, scheduled_at: datetime, shard: int, shards: int
+) -> ShardTaken | None:
+    """Return what is stored for a shard's slot; None when nothing is. Raises DatabaseUnavailable or SchemaMissing."""
+    found = await database.fetch_row(
+        COUNT_SNAPSHOTS, scheduled_at, shard, shards, timeout=COUNT_TIMEOUT_SECONDS
+    )
+    assert found is not None
+    if not found["portfolios"]:
+        return None
+    return ShardTaken(found["portfolios"], found["positions"], found["unpriced"], added=0)
 
 
 async def take_requested_snapshot(

@@ -20,7 +20,10 @@ QUEUE = "snapshotter"
 AT_ONCE_MAX = 2
 """Requests that have a connection to the database; the rest wait, so that due shards have theirs."""
 WAITING_MAX = 256
-ANSWER_SECONDS_MAX = 6.0
+TURN_SECONDS_MAX = 1.5
+"""What has waited longer is refused before it takes a connection: a gateway asks the next one after 1.8 s."""
+ANSWER_SECONDS_MAX = 2.5
+"""Less than a gateway waits for the second one that it asks, which finds what the first has stored meanwhile."""
 PUBLISH_SECONDS_MAX = 0.5
 """What the answer waits for the announcement; the snapshot is there whether it is announced or not."""
 RETRY_SECONDS = 2
@@ -46,8 +49,16 @@ async def run(
     turn = asyncio.Semaphore(AT_ONCE_MAX)
 
     async def answer(payload: bytes) -> SnapshotTaken:
-        async with turn:
+        try:
+            async with asyncio.timeout(TURN_SECONDS_MAX):
+                await turn.acquire()
+        except TimeoutError:
+            requests_handled.labels("refused").inc()
+            raise Refused(503, "many have asked for snapshots", RETRY_SECONDS) from None
+        try:
             return await handle(database, bus, payload, cooldown, now=now)
+        finally:
+            turn.release()
 
     await bus.serve(
         SNAPSHOT_REQUESTED,

@@ -21,7 +21,7 @@ from shared.clock import Now
 from shared.database import Database, DatabaseUnavailable, SchemaMissing
 from shared.market_calendar import Calendar
 from shared.market_hours import MarketHours
-from shared.messages import SNAPSHOTS_TAKEN, TIMER, SnapshotDue, SnapshotsTaken
+from shared.messages import PORTFOLIO, SNAPSHOTS_TAKEN, TIMER, SnapshotDue, SnapshotsTaken
 from shared.streams import DUPLICATE_WINDOW
 
 CONSUMER = "snapshotter"
@@ -37,6 +37,8 @@ CLOCK_SKEW_MAX = timedelta(seconds=5)  # between two replicas that both go by th
 EARLY_MAX = DUPLICATE_WINDOW
 """Of a message so early the copy that comes when the slot is due is dropped as a duplicate: it is the only one."""
 
+FOUND_FOR = timedelta(days=30)
+"""For so long after it became too late a slot is looked for before it is said to be skipped; as dead letters stay."""
 FAILED_IN_A_ROW_MAX = 5
 """Messages, however often each: more than may be poisonous at a time."""
 
@@ -68,7 +70,9 @@ shard_seconds = Histogram(
     buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
 )
 shards_overran = Counter("snapshot_shards_overran", "Shards stored only after the next slot was due")
-last_slot = Gauge("snapshot_last_slot_timestamp_seconds", "The latest slot that was stored")
+last_slot = Gauge(
+    "snapshot_last_slot_timestamp_seconds", "The latest slot that was stored, by whatever replica; 0 of none"
+)
 
 log = logs.get_logger()
 
@@ -98,6 +102,7 @@ async def run(
         database, bus, interval, late_max or interval, stop, calendar, troubles or Troubles(interval), now
     )
     async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(_find_newest_slot(worker))
         for _ in range(AT_ONCE_MAX):
             tasks.create_task(_handle_each(worker, ack_wait_seconds))
 
@@ -117,16 +122,51 @@ class Worker:
     now: Now
     failed_in_a_row: set[datetime] = field(default_factory=set)
     """When those messages were published that failed since one was handled."""
+    newest_slot: datetime | None = None
+
+    def note_stored(self, slot: datetime) -> None:
+        """Remember the latest slot that is stored; one that comes late, or again, is none."""
+        if self.newest_slot is None or slot > self.newest_slot:
+            self.newest_slot = slot
+            last_slot.set(slot.timestamp())
+
+
+async def _find_newest_slot(worker: Worker) -> None:
+    """Learn from the bus which slot was stored last, by whatever replica, before this one began."""
+    while await worker.bus.wait_until_ready(worker.stop):
+        try:
+            payload = await worker.bus.last(PORTFOLIO, SNAPSHOTS_TAKEN)
+            slot = SnapshotsTaken.model_validate_json(payload).scheduled_at if payload else None
+            if slot is not None and slot <= worker.now():
+                worker.note_stored(slot)
+            return
+        except BusUnavailable:
+            await clock.wait_for_stop(worker.stop, RETRY_SECONDS)
+        except ValidationError:  # by hand, and malformed: the next slot will tell
+            return
 
 
 async def _handle_each(worker: Worker, ack_wait_seconds: float) -> None:
     async for delivery in worker.bus.consume(
-        TIMER, durable=CONSUMER, ack_wait_seconds=ack_wait_seconds, stop=worker.stop
+        TIMER,
+        durable=CONSUMER,
+        ack_wait_seconds=ack_wait_seconds,
+        stop=worker.stop,
+        postponed=_early_deliveries,
     ):
         work = _handle_or_give_back(worker, delivery)
         await lifecycle.finish(work, worker.stop, stop_seconds_max=STOP_SECONDS_MAX)
         if not delivery.is_answered:  # cut off: another replica goes on
             await delivery.postpone(0)
+
+
+def _early_deliveries(delivery: Delivery) -> int:
+    """Return how many deliveries there were before the slot was due: one, of a message that was published early."""
+    try:
+        due = SnapshotDue.model_validate_json(delivery.payload)
+    except ValidationError:
+        return 0
+    return int(due.scheduled_at - delivery.published_at > CLOCK_SKEW_MAX)
 
 
 async def _handle_or_give_back(worker: Worker, delivery: Delivery) -> None:
@@ -221,12 +261,17 @@ async def _take_or_wait(worker: Worker, due: SnapshotDue, deliveries: int) -> st
     try:
         while True:
             reason = not_takeable(due.scheduled_at, worker.now(), worker.late_max, hours)
-            if reason is not None and (taken is None or attempts):
+            if reason is not None and taken is None:
+                taken = await _stored_before(worker, due)
+                if taken is None:
+                    return _given_up(worker, due, deliveries, reason, taken)
+            elif reason is not None and attempts:
                 return _given_up(worker, due, deliveries, reason, taken)
             try:
                 if taken is None:
                     again = deliveries > 1 or attempts > 0
                     taken = await store(worker.database, due, worker.interval, again=again, now=worker.now)
+                worker.note_stored(due.scheduled_at)
                 await announce(worker.bus, due, taken)
             except (DatabaseUnavailable, SchemaMissing, BusUnavailable) as error:
                 why = _WHY[type(error)]
@@ -254,6 +299,16 @@ async def _take_or_wait(worker: Worker, due: SnapshotDue, deliveries: int) -> st
             shards_waiting.dec()
 
 
+async def _stored_before(worker: Worker, due: SnapshotDue) -> queries.ShardTaken | None:
+    """Return what is stored of a shard that may not be taken any more: its message may have come again."""
+    if not timedelta(0) < worker.now() - due.scheduled_at < worker.late_max + FOUND_FOR:
+        return None  # it is no timer's
+    try:
+        return await queries.stored_snapshots(worker.database, due.scheduled_at, due.shard, due.shards)
+    except (DatabaseUnavailable, SchemaMissing):  # nobody can tell
+        return None
+
+
 def _given_up(
     worker: Worker, due: SnapshotDue, deliveries: int, reason: str, taken: queries.ShardTaken | None
 ) -> str:
@@ -265,7 +320,7 @@ def _given_up(
             **_slot(due),
             advice="they are stored; charts show them within a minute. See why the bus did not store the message",
         )
-        return "taken"
+        return "taken" if taken.added else "duplicate"
     if due.scheduled_at < worker.now():
         worker.troubles.happened("skipped", f"slot {slot} was skipped")
     log.warning(
@@ -295,7 +350,6 @@ async def store(
     seconds = time.monotonic() - began
     shard_seconds.observe(seconds)
     portfolios_stored.inc(taken.added)
-    last_slot.set(due.scheduled_at.timestamp())
     log.info(
         "snapshots_taken",
         **_slot(due),

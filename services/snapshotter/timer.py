@@ -10,12 +10,14 @@ from pydantic import ValidationError
 
 from services.snapshotter.troubles import Troubles
 from shared import clock, logs
-from shared.bus import Bus, BusUnavailable, Outgoing
+from shared.bus import Bus, BusUnavailable, Outgoing, Stored
 from shared.clock import Now
 from shared.market_calendar import Calendar
 from shared.messages import SNAPSHOT_DUE, TIMER, SnapshotDue
 
 RETRY_SECONDS = 1.0
+MESSAGES_READ_MAX = 5_000
+"""Of the last messages, when a timer begins: among so many there is one of a timer."""
 LEAPS_MAX = 16
 """Leaps ahead of the clock that are remembered, should it go back."""
 SESSIONS_COUNTED_MAX = 300
@@ -56,7 +58,7 @@ async def run(
     late_max = late_max or interval
     is_resting = False
     runs: deque[_Run] = deque(maxlen=LEAPS_MAX)
-    before = await _last_announced(bus, stop) if late_max > interval else None
+    before = await _last_announced(bus, stop, now) if late_max != interval else None
     if before is not None:
         # Whoever announced it may have died between two of its shards: it is announced again while there is time.
         last = before if now() - before >= late_max else before - interval
@@ -81,18 +83,18 @@ def _slots(
 ) -> list[datetime]:
     """Return the slots after the one that was announced last and after `too_late`, up to `reached`, and note them.
 
-    That one alone when none was announced, or when the clock went back to one that was. When it went back over a
+    At most that one when none was announced, or when the clock went back to one that was. When it went back over a
     leap ahead, the run before the leap goes on. Those that are too late are missed, but for those that rest.
     """
     while runs and runs[-1].first > reached:
         runs.pop()
     if not runs:
         runs.append(_Run(reached, reached))
-        return [reached]
+        return [reached] if reached > too_late else []  # nobody knows whether it was announced
     if reached <= runs[-1].last:
-        return [reached]
+        return [reached] if reached > too_late else []
     first = clock.next_boundary(runs[-1].last, interval)
-    slot = max(first, clock.next_boundary(min(too_late, reached - interval), interval))
+    slot = max(first, clock.next_boundary(min(too_late, reached), interval))
     missed, since = _missed(first, slot, interval, calendar)
     if missed:
         slots_missed.inc(missed)
@@ -103,7 +105,7 @@ def _slots(
             reason="nobody could announce them in time",
             advice="SNAPSHOT_LATE_SECONDS_MAX says how late a slot may be",
         )
-        runs.append(_Run(slot, reached))
+        runs.append(_Run(min(slot, reached), reached))
     else:
         runs[-1].last = reached
     return [slot + number * interval for number in range((reached - slot) // interval + 1)]
@@ -135,17 +137,32 @@ def _missed(
     return sum(slots for slots, _ in counted), counted[0][1] if counted else first
 
 
-async def _last_announced(bus: Bus, stop: asyncio.Event) -> datetime | None:
-    """Return the slot that some timer announced last, before this one began; None without one."""
+async def _last_announced(bus: Bus, stop: asyncio.Event, now: Now) -> datetime | None:
+    """Return the slot that some timer announced last, before this one began; None without one.
+
+    What was published by hand, or again from the dead letters, says nothing of the slots before it: it has not the id
+    that timers give. Neither does what a clock announced that was ahead.
+    """
     while await bus.wait_until_ready(stop):
         try:
-            payload = await bus.last(TIMER, SNAPSHOT_DUE)
-            return SnapshotDue.model_validate_json(payload).scheduled_at if payload else None
+            async for stored in bus.backwards(TIMER, SNAPSHOT_DUE, MESSAGES_READ_MAX):
+                slot = _timers_own(stored)
+                if slot is not None and slot <= now():
+                    return slot
+            return None
         except BusUnavailable:
             await clock.wait_for_stop(stop, RETRY_SECONDS)
-        except ValidationError:  # by hand, and malformed: nobody knows
-            return None
     return None
+
+
+def _timers_own(stored: Stored) -> datetime | None:
+    """Return the slot of a message that a timer published; None of another one's."""
+    try:
+        announced = SnapshotDue.model_validate_json(stored.payload)
+    except ValidationError:
+        return None
+    own = due(announced.scheduled_at, announced.shard, announced.shards)
+    return announced.scheduled_at if stored.message_id == own.message_id else None
 
 
 def _rests(scheduled_at: datetime, calendar: Calendar | None, *, said: bool) -> bool:
@@ -178,6 +195,8 @@ async def announce(
             slots_announced.inc()
             return True
         waiting, reason = [outgoing for outgoing, _ in failed], failed[0][1]
+        if await clock.wait_for_stop(stop, RETRY_SECONDS):
+            break
         if now() - scheduled_at >= late_max:
             slots_missed.inc()
             log.error(
@@ -187,8 +206,7 @@ async def announce(
                 reason=reason,
                 advice="NATS did not store the slot in time: see /readyz and nats-server",
             )
-            return False
-        await clock.wait_for_stop(stop, RETRY_SECONDS)
+            break
     return False
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -206,6 +207,33 @@ async def test_consumer_that_the_server_does_not_make_is_a_problem_that_is_said(
 
             await eventually(is_said, timeout=15)
             stop.set()
+
+
+async def test_refused_password_is_said_no_more_once_it_was_accepted(tmp_path: Path) -> None:
+    with nats_node(tmp_path / "nats") as node:
+        node.stop()
+        address = node.url.rpartition("@")[2]
+        async with Bus(node.url, name="tests") as bus:
+
+            async def says(what: str) -> bool:
+                return what in str(await bus.check())
+
+            with nats_server_at(f"nats://foliotick:another@{address}"):
+                await eventually(partial(says, "uthorization"), timeout=20)
+            node.start()
+
+            async def is_well() -> bool:
+                return await bus.check() is None
+
+            await eventually(is_well, timeout=20)
+            node.kill()
+
+            async def is_lost() -> bool:
+                problem = await bus.check()
+                assert "uthorization" not in str(problem)
+                return problem is not None
+
+            await eventually(is_lost)
 
 
 async def test_password_is_decoded_from_the_url(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import nats
 import pytest
 import yaml
 from structlog.testing import capture_logs
@@ -17,9 +19,9 @@ from local.settings import free_port
 from services.snapshotter import timer
 from shared.bus import Bus
 from shared.clock import utc_now
-from shared.messages import TIMER
-from shared.publishing import LATE, LOST, NO_STREAM
-from shared.storing import Storing
+from shared.messages import TIMER, probe_subject
+from shared.publishing import LATE, LOST, NO_STREAM, Outgoing
+from shared.storing import DOUBTFUL_SECONDS, FORBIDDEN, Storing
 from tests.conftest import ROOT
 from tests.metrics import sample
 from tests.waiting import eventually
@@ -167,3 +169,70 @@ def test_what_is_refused_for_the_streams_own_bound_says_nothing_of_the_server() 
         assert storing.problem is not None
         storing.note([due], [])
         assert storing.problem is None
+
+
+def test_silence_of_who_publishes_no_more_ends_with_a_probe_that_is_stored_well_after_it() -> None:
+    now = [0.0]
+    storing = Storing(lambda: now[0])
+    due, probe = timer.due(utc_now(), 0, 1), Outgoing(probe_subject("tests"), b"")
+    storing.note([due], [(due, LATE)])
+    for seconds in (1, 19):  # it may be tried again, and fail again
+        now[0] = seconds
+        storing.note([probe], [])
+        assert storing.problem is not None
+    storing.note([due], [(due, LATE)])
+    now[0] = 38
+    storing.note([probe], [])
+    assert storing.problem is not None
+    now[0] = 40
+    storing.note([probe], [(probe, LATE)])
+    assert storing.problem is not None
+    storing.note([probe], [])
+    assert storing.problem is None
+    assert sample("bus_storing", stream="TIMER") == 1
+
+
+async def test_stream_that_was_silent_once_is_well_again_though_nothing_more_is_published_to_it(
+    bus: Bus, nats_url: str
+) -> None:
+    ahead = [0.0]
+    bus._storing = Storing(lambda: time.monotonic() + ahead[0])
+    client = await nats.connect(nats_url)
+    await client.jetstream().delete_stream(TIMER.name)
+    assert not await publish(bus)
+
+    assert "TIMER" in str(await bus.check())
+    ahead[0] = DOUBTFUL_SECONDS + 1
+
+    async def is_well() -> bool:
+        return await bus.check() is None
+
+    await eventually(is_well)
+    assert sample("bus_storing", stream="TIMER") == 1
+    await client.close()
+
+
+async def test_probe_that_the_user_may_not_publish_is_said_once_and_named_apart_from_a_full_disk(
+    tmp_path: Path,
+) -> None:
+    user = 'user: $NATS_USER, password: $NATS_PASSWORD, permissions: {publish: {deny: ["probes.v1.>"]}}'
+    options = f"authorization: {{users: [{{{user}}}]}}\n"
+    problem = f"JetStream does not store what is published to PROBES: {FORBIDDEN}"
+    with nats_node(tmp_path / "nats", options) as node, capture_logs() as logs:
+        async with Bus(node.url, name="Tests") as bus:
+
+            async def is_said() -> bool:
+                return await bus.check() == problem
+
+            await eventually(is_said, timeout=20)
+
+            async def has_tried_again() -> bool:
+                return node.log.read_text().count("Publish Violation") >= 3
+
+            await eventually(has_tried_again, timeout=30, every=0.2)
+            assert await publish(bus)  # all else is stored
+            assert await bus.check() == problem
+    (said,) = [line for line in logs if line["event"] == "bus_does_not_store"]
+    assert "authorization" in said["advice"]
+    assert "room" not in said["advice"]
+    assert len([line for line in logs if line["event"] == "bus_problem"]) == 1

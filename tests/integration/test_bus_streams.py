@@ -9,16 +9,20 @@ from typing import Any
 import nats
 import pytest
 from nats.aio.client import Client
+from nats.js.api import StorageType
 from nats.js.errors import APIError
 from structlog.testing import capture_logs
 
-from shared.bus import Bus, BusUnavailable
+from shared.bus import Bus, BusUnavailable, Outgoing
 from shared.messages import (
+    ALL_TICKETS,
     FEED,
     FEED_STATUS,
     PORTFOLIO,
     PRICES,
     PRICES_CONFIRMED,
+    PROBES,
+    SNAPSHOT_DUE,
     SNAPSHOTS_TAKEN,
     STREAMS,
     TICKETS,
@@ -102,6 +106,80 @@ async def test_prices_are_bounded_so_that_they_leave_space_for_the_other_streams
     await use(nats_url, PRICES)
     found = await configuration(client, PRICES)
     assert (found["max_bytes"], found["discard"]) == (1_073_741_824, "new")
+
+
+async def test_no_stream_takes_the_space_of_another_and_what_users_cause_is_bounded(
+    nats_url: str, client: Client
+) -> None:
+    """Those that the version before has made have no bound yet."""
+    js = client.jetstream()
+    await js.add_stream(name="TIMER", subjects=[SNAPSHOT_DUE], max_age=2 * 86400)
+    await js.add_stream(name="PORTFOLIO", subjects=list(PORTFOLIO.subjects), max_age=3 * 86400)
+    await js.add_stream(name="TICKETS", subjects=[ALL_TICKETS], max_age=60, storage=StorageType.MEMORY)
+    await use(nats_url)
+    found = {stream.name: await configuration(client, stream) for stream in STREAMS}
+    bounds = {name: (each["max_bytes"], each["discard"]) for name, each in found.items()}
+    assert bounds == {
+        "PRICES": (1_073_741_824, "new"),
+        "TIMER": (134_217_728, "old"),
+        "PORTFOLIO": (268_435_456, "old"),
+        "TICKETS": (16_777_216, "new"),
+        "DEAD_LETTERS": (33_554_432, "old"),
+        "FEED": (-1, "old"),  # a message for each subject, of which there are few
+        "PROBES": (-1, "old"),
+    }
+    assert found["PORTFOLIO"]["max_age"] == 3 * 86400 * 1_000_000_000
+    in_files = sum(size for name, (size, _) in bounds.items() if size > 0 and name != "TICKETS")
+    assert in_files <= 3 / 4 * 2 * 1024**3  # of max_file_store in ops/nats.conf
+
+
+async def test_tickets_beyond_the_bound_are_refused_and_none_that_is_given_out_is_lost(
+    bus: Bus, client: Client
+) -> None:
+    await change(client, TICKETS, max_bytes=2000)
+    subjects = [ticket_subject(f"t{number}") for number in range(50)]
+    refused = await bus.publish_all([Outgoing(subject, TICKET) for subject in subjects])
+    assert {why for _, why in refused} == {"maximum bytes exceeded (code 503, 10077)"}
+    assert await bus.check() is None  # the server is well
+    given = set(subjects) - {outgoing.subject for outgoing, _ in refused}
+    assert given
+    for subject in given:
+        assert await bus.take(TICKETS, subject) is not None
+    await bus.put(TICKETS, ticket_subject("another"), TICKET)
+
+
+async def test_size_that_cannot_be_had_is_asked_for_once_in_a_connection(
+    nats_url: str, client: Client
+) -> None:
+    async def looks() -> int:
+        """Return how often it has looked: each time it stores a probe."""
+        state = (await client.jetstream().stream_info(PROBES.name)).state
+        return state.last_seq
+
+    async def has_looked_twice() -> bool:
+        bus._doubtful.set()
+        return await looks() >= before + 2
+
+    async def is_said_again() -> bool:
+        return said() > said_before
+
+    def said() -> int:
+        return sum(line["event"] == "bus_stream_unbounded" for line in logs)
+
+    owned = PRICES._replace(bytes_max=1 << 50)
+    with capture_logs() as logs:
+        async with Bus(nats_url, name="tests", owned=(owned,)) as bus:
+            said_before = 0
+            await eventually(is_said_again)  # when it is made
+            async with asyncio.timeout(10):
+                assert await bus.wait_until_ready(asyncio.Event())
+            for _ in range(2):
+                before = await looks()
+                await eventually(has_looked_twice)
+                said_before = said()
+                await bus._client.force_reconnect()
+                await eventually(is_said_again)
+            assert said() == 3
 
 
 async def test_full_stream_goes_on_with_subjects_that_have_all_they_may_keep(

@@ -385,3 +385,39 @@ async def test_announcement_that_fails_takes_nothing_from_the_answer(database: D
             )
     assert taken.total_value == Decimal("3.00")
     assert "requested_snapshot_not_announced" in {line["event"] for line in logged}
+
+
+async def test_request_that_has_waited_for_its_turn_is_refused_while_who_asks_can_still_ask_another(
+    database: Database, database_url: str, bus: Bus
+) -> None:
+    """Two users are held by another one's transaction, so that both turns are taken."""
+    held = [await create_user(database, f"held {number}") for number in range(requested.AT_ONCE_MAX)]
+    free = await create_user(database, "free")
+    other = await asyncpg.connect(database_url, timeout=10)
+    gateway = asyncio.TaskGroup()
+    async with snapshotter(database_url, bus), gateway:
+        await ask(bus, free, utc_now())
+        await other.execute("BEGIN")
+        await other.execute("DELETE FROM users WHERE id = ANY($1::integer[])", held)
+        try:
+            asking = [gateway.create_task(refused_over_the_bus(bus, user_id)) for user_id in held]
+
+            async def both_wait() -> bool:
+                waiting = await database.fetch_value("SELECT count(*) FROM pg_locks WHERE NOT granted")
+                return bool(waiting == 2)
+
+            await eventually(both_wait)
+            refusal = await refused_over_the_bus(bus, free)
+            assert (refusal.code, refusal.text) == (503, "many have asked for snapshots")
+            assert [(await each).code for each in asking] == [503, 503]
+        finally:
+            other.terminate()
+        await ask(bus, held[0])  # both turns are free again
+        await ask(bus, held[1])
+
+
+async def refused_over_the_bus(bus: Bus, user_id: int) -> Refused:
+    message = SnapshotRequested(user_id=user_id, requested_at=utc_now())
+    with pytest.raises(Refused) as refused:
+        await bus.request(SNAPSHOT_REQUESTED, message, SnapshotTaken, timeout_seconds=10)
+    return refused.value

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import cast
+from typing import Any, cast
 
 import asyncpg
 import nats
@@ -19,15 +19,16 @@ from prometheus_client import Counter
 from structlog.testing import capture_logs
 
 from services.snapshotter import queries, snapshots, timer
-from shared.bus import Bus, Outgoing
+from shared.bus import Bus, Outgoing, Stored
 from shared.clock import last_boundary, utc_now
 from shared.database import Database
 from shared.database_clock import DatabaseClock
 from shared.market_calendar import Calendar
 from shared.market_hours import MarketHours
-from shared.messages import SNAPSHOT_DUE, TIMER, SnapshotDue, SnapshotsTaken, Stream
+from shared.messages import SNAPSHOT_DUE, SNAPSHOTS_TAKEN, TIMER, SnapshotDue, SnapshotsTaken
 from tests.factories import create_user, set_position, set_price
 from tests.market import closed_now, open_now
+from tests.metrics import sample
 from tests.waiting import eventually
 
 SLOT = datetime(2026, 3, 2, 15, 0, tzinfo=UTC)
@@ -485,6 +486,7 @@ async def test_a_message_that_is_early_waits_as_the_timers_own_is_dropped_as_its
     database: Database, bus: Bus, client: Client
 ) -> None:
     await create_user(database, "early", cash="5")
+    redeliveries = sample("bus_redeliveries_total", consumer=snapshots.CONSUMER)
     at = utc_now() + snapshots.CLOCK_SKEW_MAX + timedelta(seconds=1)
     with capture_logs() as logs:
         async with snapshotter(database, bus):
@@ -500,6 +502,9 @@ async def test_a_message_that_is_early_waits_as_the_timers_own_is_dropped_as_its
             assert utc_now() >= at
             await eventually(lambda: is_all_acknowledged(client))
     assert [row[1] for row in await stored(database)] == [at]
+    # That it comes again is no sign of a replica that died.
+    assert "snapshot_redelivered" not in {line["event"] for line in logs}
+    assert sample("bus_redeliveries_total", consumer=snapshots.CONSUMER) == redeliveries
 
 
 async def test_an_outage_across_a_boundary_loses_no_later_slot(bus: Bus, client: Client) -> None:
@@ -547,8 +552,8 @@ async def test_with_room_for_late_slots_an_outage_loses_none(bus: Bus, client: C
         async def wait_until_ready(self, stop: asyncio.Event) -> bool:
             return True
 
-        async def last(self, stream: Stream, subject: str) -> bytes | None:
-            return await bus.last(stream, subject)
+        def backwards(self, *asked: Any) -> AsyncIterator[Stored]:
+            return bus.backwards(*asked)
 
         async def publish_all(self, batch: Iterable[Outgoing]) -> list[tuple[Outgoing, str]]:
             messages = list(batch)
@@ -589,6 +594,99 @@ async def test_with_room_for_late_slots_those_that_no_timer_announced_before_the
         stop.set()
     # The slots five and four hours ago are older than three and a half.
     assert await announced_slots(client) == [under_way - hours * interval for hours in (6, 3, 2, 1, 0)]
+
+
+def by_hand(at: datetime, message_id: str | None = None) -> Outgoing:
+    return Outgoing(SNAPSHOT_DUE, SnapshotDue(scheduled_at=at), message_id)
+
+
+async def test_what_is_published_by_hand_hides_no_slot_that_no_timer_announced(
+    bus: Bus, client: Client
+) -> None:
+    """Seven hours ago all timers ended; somebody has published three slots since, one of them not due yet."""
+    hour = timedelta(hours=1)
+    under_way = last_boundary(utc_now(), hour)
+    await bus.publish(timer.due(under_way - 6 * hour, 0, 1))
+    await bus.publish(timer.due(under_way + 2 * hour, 0, 1))  # of a clock that was ahead
+    hands = [by_hand(under_way - 2 * hour), by_hand(under_way), by_hand(under_way + hour)]
+    for message in (*hands, Outgoing(SNAPSHOT_DUE, b"{")):
+        await bus.publish(message)
+    missed = counted(timer.slots_missed)
+    stop = asyncio.Event()
+
+    async def announced() -> list[datetime]:
+        count = (await client.jetstream().stream_info(TIMER.name)).state.messages
+        messages = [await client.jetstream().get_msg(TIMER.name, number + 1) for number in range(6, count)]
+        return [SnapshotDue.model_validate_json(message.data or b"").scheduled_at for message in messages]
+
+    async def is_announced() -> bool:
+        return under_way in await announced()
+
+    async with asyncio.TaskGroup() as tasks:
+        late_max = utc_now() - under_way + 3.5 * hour
+        tasks.create_task(timer.run(bus, hour, 1, stop, late_max=late_max))
+        await eventually(is_announced)
+        stop.set()
+    assert await announced() == [under_way - hours * hour for hours in (3, 2, 1, 0)]
+    assert counted(timer.slots_missed) - missed == 2  # five and four hours ago
+
+
+async def test_dead_letter_that_is_replayed_before_a_start_makes_no_slot_a_missed_one(
+    bus: Bus, client: Client
+) -> None:
+    hour = timedelta(hours=1)
+    under_way = last_boundary(utc_now(), hour)
+    await bus.publish(timer.due(under_way - hour, 0, 1))
+    await bus.publish(by_hand(under_way - 24 * hour, "dead_letter/7/2026-03-02T15:00:00+00:00"))
+    missed = counted(timer.slots_missed)
+    stop = asyncio.Event()
+
+    async def is_announced() -> bool:
+        return under_way in await announced_slots(client)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(timer.run(bus, hour, 1, stop, late_max=3 * hour))
+        await eventually(is_announced)
+        stop.set()
+    assert await announced_slots(client) == [under_way - hours * hour for hours in (1, 24, 0)]
+    assert counted(timer.slots_missed) == missed
+
+
+@pytest.mark.parametrize(
+    ("announced_hours_ago", "missed"), [(None, 0), (0, 0), (1, 1)], ids=("none", "it", "the one before")
+)
+async def test_slot_under_way_that_is_too_late_at_the_start_is_not_announced_and_missed_if_nobody_did(
+    bus: Bus, client: Client, announced_hours_ago: int | None, missed: int
+) -> None:
+    """A slot may be late by five minutes; the timer begins ten minutes after one."""
+    hour, minutes = timedelta(hours=1), timedelta(minutes=1)
+    expected = []
+    if announced_hours_ago is not None:
+        expected = [SLOT - announced_hours_ago * hour]
+        await bus.publish(timer.due(expected[0], 0, 1))
+    before = counted(timer.slots_missed)
+    set_to = [SLOT + 10 * minutes]
+    read = asyncio.Event()
+    stop = asyncio.Event()
+
+    def now() -> datetime:
+        if set_to[-1] < SLOT + hour and len(set_to) > 3:  # so often it has looked at the slot under way
+            read.set()
+        set_to.append(set_to[-1])
+        return set_to[-1]
+
+    async def is_announced() -> bool:
+        return SLOT + hour in await announced_slots(client)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(timer.run(bus, hour, 1, stop, late_max=5 * minutes, now=now))
+        async with asyncio.timeout(10):
+            await read.wait()
+        set_to.append(SLOT + hour)
+        await eventually(is_announced)
+        stop.set()
+    assert await announced_slots(client) == [*expected, SLOT + hour]
+    assert counted(timer.slots_missed) - before == missed
 
 
 async def test_slot_whose_timer_died_between_two_shards_is_announced_in_full_by_a_later_one(
@@ -964,6 +1062,62 @@ async def test_slot_that_is_announced_again_long_after_it_was_stored_has_not_ove
     events = [line["event"] for line in logs]
     assert "snapshots_taken" in events
     assert "slot_overran" not in events
+
+
+async def test_slot_that_comes_again_when_it_is_too_late_is_a_duplicate_and_none_that_was_left_out(
+    database: Database,
+    bus: Bus,
+    client: Client,
+    heard: Callable[[], Awaitable[list[SnapshotsTaken]]],
+) -> None:
+    """As after a replica that died between its commit and its acknowledgement; what it did not tell is told."""
+    await create_user(database, cash="1")
+    now = utc_now()
+    there, missing = now - 3 * MINUTE, now - 2 * MINUTE
+    await queries.take_snapshots(database, there, 0, 1)
+    await create_user(database, "new", cash="1")  # has none of that slot, and gets none
+    outcomes = {each: snapshots.shards_handled.labels(each) for each in ("duplicate", "skipped", "taken")}
+    before = {each: counted(counter) for each, counter in outcomes.items()}
+    with capture_logs() as logs:
+        async with snapshotter(database, bus):
+            for at in (there, missing):
+                await bus.publish(timer.due(at, 0, 1))
+            await eventually(lambda: is_all_acknowledged(client))
+    counts = {each: counted(counter) - before[each] for each, counter in outcomes.items()}
+    assert counts == {"duplicate": 1, "skipped": 1, "taken": 0}
+    said = [line["scheduled_at"] for line in logs if line["event"] == "snapshot_skipped"]
+    assert said == [missing.isoformat()]
+    assert await heard() == [
+        SnapshotsTaken(scheduled_at=there, shard=0, shards=1, portfolios=1, positions=0, unpriced=0)
+    ]
+    assert [row[:2] for row in await stored(database)] == [("demo", there)]
+
+
+async def test_last_slot_is_known_after_a_start_and_goes_back_for_no_late_one(
+    database: Database, bus: Bus, client: Client
+) -> None:
+    """Else all replicas together would say after a deployment that nothing was ever stored."""
+    await create_user(database, cash="1")
+    now = last_boundary(utc_now(), timedelta(seconds=1))
+    told = SnapshotsTaken(scheduled_at=now, shard=0, shards=1, portfolios=1, positions=0, unpriced=0)
+    await bus.publish(Outgoing(SNAPSHOTS_TAKEN, told))
+    snapshots.last_slot.set(0)
+
+    async def is_known() -> bool:
+        return sample("snapshot_last_slot_timestamp_seconds") == now.timestamp()
+
+    async with snapshotter(database, bus, late_max=5 * MINUTE):
+        await eventually(is_known)
+        await bus.publish(timer.due(now - MINUTE, 0, 1))
+        await eventually(lambda: stored(database))
+        await eventually(lambda: is_all_acknowledged(client))
+        assert await is_known()
+        await bus.publish(timer.due(now + timedelta(seconds=1), 0, 1))
+
+        async def is_newer() -> bool:
+            return sample("snapshot_last_slot_timestamp_seconds") == now.timestamp() + 1
+
+        await eventually(is_newer)
 
 
 def counted(counter: Counter) -> float:
