@@ -17,7 +17,7 @@ import psutil
 from services.snapshotter.snapshots import CONSUMER
 from shared.messages import PRICES, TIMER, price_subject
 from tests.faults import audit
-from tests.faults.parts import Service
+from tests.faults.parts import KILLED, NOT_STOPPED, STOPPING, End, Service
 from tests.faults.population import UNKNOWN_SYMBOL, Population, User
 from tests.faults.readers import Readers
 from tests.faults.system import MARKET_SEED, SHARDS, SLOT, System
@@ -141,7 +141,7 @@ async def check(
     verdict.counts["slowest"] = f"{readers.slowest_seconds:.1f} s"
     verdict.add("answer", readers.wrong)
     verdict.add("request", readers.unexcused())
-    verdict.add("end", ended_by_themselves(system))
+    verdict.add("end", ended_otherwise(system))
     if used is not None:
         verdict.add("leak", await grown(system, used))
     return verdict
@@ -304,14 +304,34 @@ async def _unlike_the_bus(connection: "asyncpg.Connection[asyncpg.Record]", syst
     return found
 
 
-def ended_by_themselves(system: System) -> list[str]:
-    """Return which services ended otherwise than by SIGKILL, or with 0 after they were asked to."""
-    return [
-        f"{service.name} with {code}: {service.last_error()}"
-        for service in system.all_services
-        for code in service.exit_codes
-        if code not in (0, -signal.SIGKILL)
-    ]
+def ended_otherwise(system: System) -> list[str]:
+    """Return which services ended otherwise than by SIGKILL when they were killed, or with 0 when asked to stop."""
+    found = []
+    for replicas in system.services.values():
+        # Of replicas that are to kill themselves at some point it befalls the first to come there, once.
+        deaths_left = int(any(service.kills_itself for service in replicas))
+        for service in replicas:
+            for end in service.ends:
+                if _is_lawful(end):
+                    continue
+                if end.code == -signal.SIGKILL and NOT_STOPPED not in end.after and deaths_left:
+                    deaths_left -= 1
+                    continue
+                found.append(f"{service.name} {_in_words(end)}: {service.last_error()}")
+    return found
+
+
+def _is_lawful(end: End) -> bool:
+    if NOT_STOPPED in end.after:
+        return False
+    return (KILLED in end.after and end.code == -signal.SIGKILL) or (STOPPING in end.after and end.code == 0)
+
+
+def _in_words(end: End) -> str:
+    if NOT_STOPPED in end.after:
+        return f"was {NOT_STOPPED}"
+    struck = f" after it was {', '.join(sorted(end.after))}" if end.after else " by itself"
+    return f"ended with {end.code}{struck}"
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,26 @@
 """The checker is worth something: it says so when the product is broken, and when an answer is wrong by a cent."""
 
 import asyncio
+import signal
+import subprocess
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import asyncpg
 import pytest
 
+from local.servers import child_command
 from shared.clock import next_boundary, utc_now
 from tests.faults import checker, mix, population, system
 from tests.faults.checker import Detail, Snapshot, Verdict
-from tests.faults.parts import Nats, Postgres, Service, Spell
+from tests.faults.parts import FROZEN, KILLED, NOT_STOPPED, STOPPING, End, Nats, Postgres, Service, Spell
 from tests.faults.population import Order, User
 from tests.faults.readers import Asked, Readers, judge_chart, judge_portfolio
 from tests.faults.system import Options
 from tests.faults.tampered import runner
+from tests.waiting import eventually
 
 SEED = 3
 AT = datetime(2026, 3, 2, 15, 0, tzinfo=UTC)
@@ -244,6 +249,90 @@ def test_connections_are_counted_by_the_pool_they_are_of() -> None:
         "psql has 1, of 0",
         "snapshotter has 13, of 12",
     ]
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+
+def ended(folder: Path, *ends: End, module: str = "") -> list[str]:
+    """Return what is said of a service whose processes ended so."""
+    service = Service("snapshotter-1", ends=list(ends), module=module, folder=folder)
+    service.log.write_text('{"level": "error"}\n')
+    return checker.ended_otherwise(system_of(service))
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (End(-9, frozenset({KILLED})), ""),
+        (End(0, frozenset({STOPPING})), ""),
+        (End(0, frozenset({FROZEN, STOPPING})), ""),
+        (End(-9, frozenset({KILLED, STOPPING})), ""),
+        (End(-9, frozenset()), "ended with -9 by itself"),  # for want of memory, say
+        (End(-9, frozenset({STOPPING})), "ended with -9 after it was stopping"),
+        (End(-9, frozenset({STOPPING, NOT_STOPPED})), "was not stopped in time, and killed"),
+        (End(0, frozenset()), "ended with 0 by itself"),
+        (End(0, frozenset({FROZEN})), "ended with 0 after it was frozen"),
+        (End(1, frozenset({STOPPING})), "ended with 1 after it was stopping"),
+    ],
+)
+def test_process_may_end_only_as_it_was_told_to(tmp_path: Path, end: End, said: str) -> None:
+    assert ended(tmp_path, end) == ([f'snapshotter-1 {said}: {{"level": "error"}}'] if said else [])
+
+
+def test_service_that_was_tampered_with_may_kill_itself_once(tmp_path: Path) -> None:
+    died = End(-9, frozenset())
+    deadly = runner("snapshotter", "die_before_acknowledging")
+    assert ended(tmp_path, died, module=deadly) == []
+    assert len(ended(tmp_path, died, died, module=deadly)) == 1
+    assert len(ended(tmp_path, died, module=runner("snapshotter", "ack_first"))) == 1
+    assert len(ended(tmp_path, End(1, frozenset()), module=deadly)) == 1
+
+
+class Stubborn(Service):
+    """A process that ignores SIGTERM."""
+
+    async def _launch(self) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            child_command(["sh", "-c", "trap '' TERM; exec sleep 60"], death_signal="KILL")
+        )
+
+    async def is_ready(self) -> bool:
+        return _ignores_sigterm(self.pids()[0])
+
+
+def _ignores_sigterm(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    ignored = next(line for line in status.splitlines() if line.startswith("SigIgn:"))
+    return bool(int(ignored.split()[1], 16) & 1 << (signal.SIGTERM - 1))
+
+
+async def test_what_befell_a_process_is_noted_with_its_end() -> None:
+    stubborn = Stubborn("stubborn", stop_seconds_max=0.3)
+    await stubborn.start()
+    await stubborn.wait_until_ready()
+
+    async def ends(count: int) -> list[End]:
+        return stubborn.ends if len(stubborn.ends) == count else []
+
+    stubborn.kill()
+    await eventually(partial(ends, 1))
+    await stubborn.wait_until_ready()
+    stubborn.freeze()
+    stopping = asyncio.create_task(stubborn.terminate())
+    _, still = await asyncio.wait({stopping}, timeout=0.9)
+    assert still, "nobody can stop while he is frozen"
+    stubborn.thaw()
+    assert await stopping is None
+    await eventually(partial(ends, 2))
+    await stubborn.end()
+    assert stubborn.ends[:2] == [
+        End(-9, frozenset({KILLED})),
+        End(-9, frozenset({FROZEN, STOPPING, NOT_STOPPED})),
+    ]
+
+
+# ---- orders --------------------------------------------------------------------------------------
 
 
 def test_order_that_was_acknowledged_must_be_there() -> None:
