@@ -65,6 +65,8 @@ class Part(ABC):
 
     name: str
     spells: list[Spell] = field(default_factory=list)
+    overloads: list[Spell] = field(default_factory=list)
+    """When it had so much to do that it might refuse, but not fall silent."""
     ends: list[End] = field(default_factory=list)
     """Of each process that ended."""
     stop_seconds_max: float = STOP_SECONDS_MAX

@@ -14,6 +14,7 @@ import pytest
 from local.servers import child_command
 from shared.clock import next_boundary, utc_now
 from tests.faults import checker, mix, population, system
+from tests.faults import readers as readers_of
 from tests.faults.checker import Detail, Snapshot, Verdict
 from tests.faults.parts import FROZEN, KILLED, NOT_STOPPED, STOPPING, End, Nats, Postgres, Service, Spell
 from tests.faults.population import Order, User
@@ -172,7 +173,7 @@ def system_of(gateway: Service) -> system.System:
 def test_refusals_of_an_overload_are_excused_and_silence_is_not() -> None:
     gateway = Service("gateway")
     readers = Readers(system_of(gateway))
-    readers.overloads.append(Spell("overloaded", 10.0, 20.0))
+    gateway.overloads.append(Spell("overloaded", 10.0, 20.0))
     readers.refused = [Asked(gateway.name, at, at + 1.0, f"at {at:g}") for at in (8.5, 19.5, 24.5, 25.5)]
     readers.unanswered = [Asked(gateway.name, 15.0, 22.0, "silence")]
     assert readers.unexcused() == [
@@ -194,6 +195,21 @@ def test_refused_read_is_excused_by_postgres_and_by_nothing_else_that_is_away() 
         "gateway refused without need (at 21)",
         "gateway refused without need (at 31)",
     ]
+
+
+def test_time_out_counts_for_the_slowest_unless_its_gateway_or_the_way_there_was_struck() -> None:
+    assert readers_of.GIVE_UP_SECONDS > readers_of.DEADLINE_SECONDS + readers_of.LATE_SECONDS_MAX + 5
+    gateway = Service("gateway")
+    disturbed = system_of(gateway)
+    disturbed.postgres.spells.append(Spell("frozen", 0.0, 12.0))
+    gateway.spells.append(Spell("frozen", 40.0, 52.0))
+    readers = Readers(disturbed)
+    assert readers._took(Asked(gateway.name, 40.0, 54.0, "TimeoutError")) == 0.0
+    assert readers.slowest_seconds == 0.0
+    assert (
+        readers._took(Asked(gateway.name, 1.0, 9.5, "TimeoutError")) == 8.5
+    )  # PostgreSQL is no excuse for that
+    assert readers.slowest_seconds == 8.5
 
 
 # ---- wrong rows ----------------------------------------------------------------------------------
