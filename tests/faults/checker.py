@@ -6,7 +6,7 @@ import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -15,11 +15,12 @@ import nats
 import psutil
 
 from services.snapshotter.snapshots import CONSUMER
+from shared.clock import last_boundary
 from shared.messages import PRICES, TIMER, price_subject
 from tests.faults import audit
 from tests.faults.parts import KILLED, NOT_STOPPED, STOPPING, End, Service
 from tests.faults.population import UNKNOWN_SYMBOL, Population, User
-from tests.faults.readers import Readers
+from tests.faults.readers import Point, Readers
 from tests.faults.system import MARKET_SEED, SHARDS, SLOT, System
 from tests.faults.truth import Market, market_value
 from tests.waiting import eventually
@@ -45,6 +46,11 @@ SELECT timestamp, user_id, ticker, shares, cost_basis, current_value, price_per_
 FROM position_snapshots
 WHERE timestamp BETWEEN $1 AND $2
 """
+_VALUES = """
+SELECT timestamp, user_id, total_value
+FROM portfolio_snapshots
+WHERE timestamp >= $1
+"""
 _HOLDINGS = """
 SELECT users.id, cash_balance, ticker, shares
 FROM users
@@ -56,6 +62,8 @@ FROM pg_stat_activity
 WHERE backend_type = 'client backend'
 GROUP BY application_name
 """
+CHART_BUCKET = timedelta(minutes=5)
+"""Of the charts that readers ask for."""
 LISTENERS = "api_gateway_listens"
 """The name of the one connection of a gateway that is in no pool."""
 
@@ -127,6 +135,10 @@ async def check(
         verdict.add("due", not_once(snapshots, slots, system.population.active))
         verdict.add("snapshot", incomplete(snapshots, system.population))
         verdict.add("prices of a slot", torn(snapshots))
+        verdict.counts["chart points"] = len(readers.points)
+        if readers.points:
+            earliest = min(point.bucket_at for point in readers.points)
+            verdict.add("chart", uncharted(readers.points, await connection.fetch(_VALUES, earliest)))
         prices = await connection.fetch(audit.PRICES)
         verdict.counts["prices stored"] = len(prices)
         verdict.add("price", untrue(prices, snapshots))
@@ -199,6 +211,18 @@ def not_once(snapshots: Iterable[Snapshot], slots: Iterable[datetime], active: I
         for at, user in sorted(stored.keys() - due)
     ]
     return found
+
+
+def uncharted(points: Iterable[Point], values: Iterable[Row]) -> list[str]:
+    """Return which points of charts are the value of no snapshot of their user in their bucket."""
+    known = {
+        Point(row["user_id"], last_boundary(row["timestamp"], CHART_BUCKET), row["total_value"])
+        for row in values
+    }
+    return [
+        f"{point.value} of user {point.user_id} at {point.bucket_at:%H:%M}, and no snapshot has it"
+        for point in sorted(set(points) - known, key=lambda point: (point.bucket_at, point.user_id))
+    ]
 
 
 def incomplete(snapshots: Iterable[Snapshot], population: Population) -> list[str]:

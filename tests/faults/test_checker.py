@@ -18,7 +18,7 @@ from tests.faults import readers as readers_of
 from tests.faults.checker import Detail, Snapshot, Verdict
 from tests.faults.parts import FROZEN, KILLED, NOT_STOPPED, STOPPING, End, Nats, Postgres, Service, Spell
 from tests.faults.population import Order, User
-from tests.faults.readers import Asked, Readers, judge_chart, judge_portfolio
+from tests.faults.readers import Asked, Point, Readers, judge_chart, judge_portfolio
 from tests.faults.system import Options
 from tests.faults.tampered import runner
 from tests.waiting import eventually
@@ -255,6 +255,29 @@ def test_snapshot_must_have_all_positions_and_add_up() -> None:
         {"cash_balance": Decimal("97.00"), "total_value": Decimal("122.63")},
     ):
         assert checker.incomplete([snapshot(**change)], people), change
+
+
+def test_point_of_a_chart_must_be_a_snapshot_of_that_user_in_that_bucket() -> None:
+    stored = [{"timestamp": AT + timedelta(minutes=6), "user_id": 1, "total_value": Decimal("124.63")}]
+    bucket = AT + timedelta(minutes=5)
+    assert checker.uncharted([Point(1, bucket, Decimal("124.63"))], stored) == []
+    for point in (
+        Point(1, bucket, Decimal("124.62")),
+        Point(2, bucket, Decimal("124.63")),
+        Point(1, AT, Decimal("124.63")),
+    ):
+        assert checker.uncharted([point], stored), point
+
+
+def test_last_points_of_a_chart_are_kept() -> None:
+    points = [
+        {"timestamp": f"2026-03-02T15:{minute:02}:00Z", "value": Decimal(minute)} for minute in (0, 5, 10)
+    ]
+    at = datetime(2026, 3, 2, 15, 5, tzinfo=UTC)
+    assert readers_of.points_of({"data_points": points}, User("user", Decimal(1), {}, id=7)) == [
+        Point(7, at, Decimal(5)),
+        Point(7, at + timedelta(minutes=5), Decimal(10)),
+    ]
 
 
 def test_connections_are_counted_by_the_pool_they_are_of() -> None:
