@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import math
 import signal
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -26,11 +28,16 @@ from tests.faults.truth import Market, market_value
 from tests.waiting import eventually
 
 Row = asyncpg.Record | Mapping[str, Any]
+Steady = Callable[[datetime], float]
 
 QUIET_SECONDS_MAX = 90.0
 """Within so long after the last fault all that is due must be done."""
 SAID_MAX = 5
 """Findings of a kind that are told in full."""
+EARLY_SECONDS_MAX = 1.0
+"""By so much a slot may be taken before its time: by the clock of a replica that had to read it from PostgreSQL."""
+COMMIT_SECONDS_MAX = 3.0
+"""After so long a price that was written is committed, and seen by all, unless PostgreSQL was struck meanwhile."""
 GROWTH_MAX = 1.35
 """What a process that has been through everything may use, of what it used when it was new."""
 FEW = 12
@@ -45,6 +52,21 @@ _DETAILS = """
 SELECT timestamp, user_id, ticker, shares, cost_basis, current_value, price_per_share
 FROM position_snapshots
 WHERE timestamp BETWEEN $1 AND $2
+"""
+_OTHERS = """
+SELECT timestamp, user_id
+FROM portfolio_snapshots
+WHERE timestamp NOT BETWEEN $1 AND $2
+"""
+_ORPHANS = """
+SELECT timestamp, user_id, count(*)
+FROM position_snapshots AS detail
+WHERE NOT EXISTS (
+    SELECT FROM portfolio_snapshots AS parent
+    WHERE parent.user_id = detail.user_id AND parent.timestamp = detail.timestamp
+)
+GROUP BY timestamp, user_id
+ORDER BY timestamp, user_id
 """
 _VALUES = """
 SELECT timestamp, user_id, total_value
@@ -133,7 +155,10 @@ async def check(
         verdict.counts["snapshots"] = len(snapshots)
         verdict.counts["of"] = len(slots) * len(system.population.active)
         verdict.add("due", not_once(snapshots, slots, system.population.active))
-        verdict.add("snapshot", incomplete(snapshots, system.population))
+        others = await connection.fetch(_OTHERS, first, last)
+        verdict.add("due", never_due(others, earliest_slot(system), system.now(), system.population.active))
+        verdict.add("orphan", await orphans(connection))
+        verdict.add("snapshot", incomplete(snapshots, system.population, steadily(system)))
         verdict.add("prices of a slot", torn(snapshots))
         verdict.counts["chart points"] = len(readers.points)
         if readers.points:
@@ -141,7 +166,8 @@ async def check(
             verdict.add("chart", uncharted(readers.points, await connection.fetch(_VALUES, earliest)))
         prices = await connection.fetch(audit.PRICES)
         verdict.counts["prices stored"] = len(prices)
-        verdict.add("price", untrue(prices, snapshots))
+        verdict.add("price", untrue(prices))
+        verdict.add("price", outdated(snapshots, replaced_at(prices), postgres_was_struck(system)))
         went_back = await connection.fetch(audit.WENT_BACK)
         verdict.add("price went back", [str(dict(row)) for row in went_back])
         verdict.counts["orders"] = system.population.orders_committed
@@ -196,6 +222,31 @@ async def _snapshots(
     ]
 
 
+def earliest_slot(system: System) -> datetime:
+    """Return the first slot that any snapshotter may have taken: the one that was under way when it was started."""
+    started_at = min(service.spells[0].began_at for service in system.services["snapshotter"])
+    return last_boundary(system.now() - timedelta(seconds=time.monotonic() - started_at), SLOT)
+
+
+def never_due(stored: Iterable[Row], earliest: datetime, now: datetime, active: Iterable[User]) -> list[str]:
+    """Return which snapshots are of no slot between the earliest one and now, or of nobody whose turn it was."""
+    users = {user.id for user in active}
+    latest = now + timedelta(seconds=EARLY_SECONDS_MAX)
+    return [
+        f"a snapshot at {at:%Y-%m-%d %H:%M:%S.%f} of user {user} that was not due"
+        for at, user in sorted((row["timestamp"], row["user_id"]) for row in stored)
+        if user not in users or at != last_boundary(at, SLOT) or not earliest <= at <= latest
+    ]
+
+
+async def orphans(connection: "asyncpg.Connection[asyncpg.Record]") -> list[str]:
+    """Return which stored positions belong to no snapshot."""
+    return [
+        f"{row['count']} positions at {row['timestamp']:%Y-%m-%d %H:%M:%S.%f} of user {row['user_id']}"
+        for row in await connection.fetch(_ORPHANS)
+    ]
+
+
 def not_once(snapshots: Iterable[Snapshot], slots: Iterable[datetime], active: Iterable[User]) -> list[str]:
     """Return which due (slot, user) has no snapshot, or more than one, and which was never due."""
     stored = Counter((snapshot.at, snapshot.user_id) for snapshot in snapshots)
@@ -225,11 +276,16 @@ def uncharted(points: Iterable[Point], values: Iterable[Row]) -> list[str]:
     ]
 
 
-def incomplete(snapshots: Iterable[Snapshot], population: Population) -> list[str]:
-    """Return which snapshots have not exactly the positions of their user, or do not add up."""
+def incomplete(snapshots: Iterable[Snapshot], population: Population, steady: Steady) -> list[str]:
+    """Return which snapshots have not exactly the positions of their user, or do not add up.
+
+    What was ordered before the slot must be in it; what was ordered later may be, for a slot can be taken late.
+    """
     users = {user.id: user for user in population.users}
     found = []
     for snapshot in snapshots:
+        if snapshot.user_id not in users:  # it was not due, and that is said
+            continue
         user = users[snapshot.user_id]
         name = f"{snapshot.at:%H:%M:%S} of {user.subject}"
         held = {detail.ticker: detail.shares for detail in snapshot.details}
@@ -237,9 +293,9 @@ def incomplete(snapshots: Iterable[Snapshot], population: Population) -> list[st
         held |= {symbol: user.shares[symbol] for symbol in unpriced}
         if snapshot.unpriced_positions != len(unpriced) or len(held) != len(snapshot.details) + len(unpriced):
             found.append(f"{name}: {snapshot.unpriced_positions} positions without a price, {sorted(held)}")
-        orders = range(len(user.orders) + 1)
+        orders = user.orders_between(steady(snapshot.at) - EARLY_SECONDS_MAX, math.inf)
         if not any((snapshot.cash_balance, held) == user.holdings(number) for number in orders):
-            found.append(f"{name}: cash {snapshot.cash_balance} and {held} at no time")
+            found.append(f"{name}: cash {snapshot.cash_balance} and {held} after no order in {orders}")
         for detail in snapshot.details:
             if detail.current_value != market_value(detail.shares, detail.price_per_share):
                 found.append(f"{name}: {detail}")
@@ -262,18 +318,68 @@ def torn(snapshots: Iterable[Snapshot]) -> list[str]:
     ]
 
 
-def untrue(stored: Iterable[Row], snapshots: Iterable[Snapshot]) -> list[str]:
-    """Return which stored prices the market never had, and which prices of snapshots were never stored."""
+def untrue(stored: Iterable[Row]) -> list[str]:
+    """Return which stored prices the market never had."""
     market = Market(MARKET_SEED)
-    known = set()
+    return [
+        f"{row['symbol']} at {row['price']} as of {row['traded_at']}"
+        for row in stored
+        if market.price_of(row["symbol"], row["traded_at"]) != row["price"]
+    ]
+
+
+def replaced_at(stored: Iterable[Row]) -> dict[tuple[str, Decimal], datetime | None]:
+    """Return when each price of a symbol was replaced by another, the last time; None while it is in the table."""
+    found: dict[tuple[str, Decimal], datetime | None] = {}
+    last: dict[str, Decimal] = {}
+    for row in sorted(stored, key=lambda row: row["written_at"]):
+        symbol, price = row["symbol"], row["price"]
+        if symbol in last:
+            found[symbol, last[symbol]] = row["written_at"]
+        found[symbol, price] = None
+        last[symbol] = price
+    return found
+
+
+def outdated(
+    snapshots: Iterable[Snapshot],
+    replaced: Mapping[tuple[str, Decimal], datetime | None],
+    was_struck: Callable[[datetime, datetime], bool],
+) -> list[str]:
+    """Return which prices of snapshots were never in the table, or not any more when their slot began.
+
+    A slot that is taken late has later prices, never earlier ones. `was_struck` tells whether something between two
+    moments may have held up the commit of the price that replaced it.
+    """
     found = []
-    for row in stored:
-        symbol, price, traded_at = row["symbol"], row["price"], row["traded_at"]
-        known.add((symbol, price))
-        if market.price_of(symbol, traded_at) != price:
-            found.append(f"{symbol} at {price} as of {traded_at}")
-    used = {(detail.ticker, detail.price_per_share) for snapshot in snapshots for detail in snapshot.details}
-    return found + [f"{symbol} at {price} in a snapshot" for symbol, price in sorted(used - known)]
+    used = {
+        (snapshot.at, detail.ticker, detail.price_per_share)
+        for snapshot in snapshots
+        for detail in snapshot.details
+    }
+    for at, symbol, price in sorted(used):
+        if (symbol, price) not in replaced:
+            found.append(f"{symbol} at {price} in slot {at:%H:%M:%S}: it was never stored")
+            continue
+        until = replaced[symbol, price]
+        if until is None or at - until <= timedelta(seconds=COMMIT_SECONDS_MAX) or was_struck(until, at):
+            continue
+        seconds = (at - until).total_seconds()
+        found.append(f"{symbol} at {price} in slot {at:%H:%M:%S}: it was replaced {seconds:.1f} s before")
+    return found
+
+
+def postgres_was_struck(system: System) -> Callable[[datetime, datetime], bool]:
+    """Return what tells whether PostgreSQL was struck between two moments."""
+    steady = steadily(system)
+    spells = [spell for server in system.postgres_servers for spell in server.spells]
+    return lambda since, until: any(spell.overlaps(steady(since), steady(until)) for spell in spells)
+
+
+def steadily(system: System) -> Steady:
+    """Return what turns a moment of the system into one of `time.monotonic`, by which orders and spells are noted."""
+    now, steady_now = system.now(), time.monotonic()
+    return lambda at: steady_now - (now - at).total_seconds()
 
 
 # ---- orders, bus, processes ----------------------------------------------------------------------

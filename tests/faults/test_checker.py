@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import subprocess
+import time
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
@@ -12,8 +13,11 @@ import asyncpg
 import pytest
 
 from local.servers import child_command
-from shared.clock import next_boundary, utc_now
-from tests.faults import checker, mix, population, system
+from services.snapshotter.queries import take_snapshots
+from shared.clock import last_boundary, next_boundary, utc_now
+from shared.database import Database
+from tests.factories import create_user, set_price
+from tests.faults import checker, mix, population, system, truth
 from tests.faults import readers as readers_of
 from tests.faults.checker import Detail, Snapshot, Verdict
 from tests.faults.parts import FROZEN, KILLED, NOT_STOPPED, STOPPING, End, Nats, Postgres, Service, Spell
@@ -242,10 +246,139 @@ def test_every_due_snapshot_must_be_there_once_and_no_other() -> None:
     ]
 
 
+def since_the_slot(at: datetime) -> float:
+    """Return a moment in seconds that begin with the slot."""
+    return (at - AT).total_seconds()
+
+
+def test_snapshots_beyond_the_counted_slots_must_have_been_due_too() -> None:
+    active = [User("user", Decimal(100), {}, id=1)]
+    now = AT + timedelta(seconds=60)
+
+    def said(at: datetime, user_id: int = 1) -> int:
+        return len(checker.never_due([{"timestamp": at, "user_id": user_id}], AT, now, active))
+
+    assert said(AT) == said(AT + timedelta(seconds=30)) == said(now) == 0
+    assert said(AT - timedelta(seconds=1))  # nobody was there to take it
+    assert said(AT - timedelta(hours=1))
+    assert said(now + timedelta(seconds=2))
+    assert said(AT + timedelta(seconds=30.5))
+    assert said(AT, user_id=2)
+
+
+def test_earliest_slot_is_the_one_in_which_the_first_snapshotter_was_started() -> None:
+    still = system_of(Service("gateway"))
+    began = time.monotonic()
+    still.services["snapshotter"] = [
+        Service(f"snapshotter-{number}", spells=[Spell("starting", began - ago)])
+        for number, ago in ((1, 100.0), (2, 130.0))
+    ]
+    earliest = last_boundary(utc_now() - timedelta(seconds=130), system.SLOT)
+    assert checker.earliest_slot(still) in (earliest, earliest - system.SLOT)
+
+
+_LEAVE_AN_ORPHAN = """
+INSERT INTO position_snapshots (timestamp, user_id, ticker, shares, cost_basis, current_value, price_per_share)
+SELECT timestamp, user_id + 1, ticker, shares, cost_basis, current_value, price_per_share
+FROM position_snapshots
+"""
+
+
+async def test_position_of_no_snapshot_is_an_orphan(database: Database, database_url: str) -> None:
+    user_id = await create_user(database, positions={"AAPL": ("1", "10")})
+    await set_price(database, "AAPL", "10.00")
+    at = last_boundary(utc_now(), system.SLOT)
+    await take_snapshots(database, at, 0, 1)
+    connection = await asyncpg.connect(database_url)
+    try:
+        assert await checker.orphans(connection) == []
+        await connection.execute(_LEAVE_AN_ORPHAN)
+        assert await checker.orphans(connection) == [
+            f"1 positions at {at:%Y-%m-%d %H:%M:%S}.000000 of user {user_id + 1}"
+        ]
+    finally:
+        await connection.close()
+
+
+def test_snapshot_must_have_what_was_ordered_before_its_slot() -> None:
+    people = population.Population([User("user", USER.cash, USER.shares, id=1)])
+
+    def found(*orders: Order) -> list[str]:
+        people.users[0].orders = list(orders)
+        return checker.incomplete([snapshot()], people, since_the_slot)  # of after the first order
+
+    assert found(Order(1, -3.0, -2.0)) == []
+    assert found(Order(1, 5.0, 6.0)) == []  # it was taken late
+    assert found(Order(1, -5.0, -4.0), Order(2, -3.0, None)) == []  # the second may never have been
+    assert found(Order(1, -5.0, -4.0), Order(2, -3.0, -0.5)) == []  # so soon before, by some clock after
+    (said,) = found(Order(1, -5.0, -4.0), Order(2, -3.0, -2.0))
+    assert "after no order in range(2, 3)" in said
+
+
+def test_snapshot_must_have_prices_of_its_slot_or_later() -> None:
+    def written(price: str, seconds: float) -> dict[str, object]:
+        return {"symbol": "AAPL", "price": Decimal(price), "written_at": AT + timedelta(seconds=seconds)}
+
+    def found(*prices: dict[str, object], was_struck: bool = False) -> list[str]:
+        replaced = checker.replaced_at(prices)
+        return checker.outdated([snapshot()], replaced, lambda _since, _until: was_struck)  # at 10.25
+
+    before = written("10.25", -60)
+    assert found(before) == []
+    assert found(before, written("10.26", -2)) == []  # which is committed at any moment
+    assert found(before, written("10.26", 1)) == []
+    assert found(written("10.24", -60), written("10.25", 5)) == []  # it was taken late
+    assert found(before, written("10.26", -20), written("10.25", -10)) == []
+    assert found(before, written("10.26", -8), was_struck=True) == []
+    assert found(before, written("10.26", -8)) == [
+        "AAPL at 10.25 in slot 15:00:00: it was replaced 8.0 s before"
+    ]
+    assert found(written("10.26", -60)) == ["AAPL at 10.25 in slot 15:00:00: it was never stored"]
+
+
+def test_commit_may_be_held_up_by_what_befell_postgres() -> None:
+    still = system_of(Service("gateway"))
+    now = time.monotonic()
+    still.postgres.spells.append(Spell("frozen", now - 20, now - 10))
+    was_struck = checker.postgres_was_struck(still)
+
+    def ago(seconds: float) -> datetime:
+        return utc_now() - timedelta(seconds=seconds)
+
+    assert was_struck(ago(25), ago(15))
+    assert not was_struck(ago(40), ago(25))
+    assert not was_struck(ago(5), ago(1))
+
+
+def test_more_prices_of_a_symbol_than_shards_are_of_more_than_one_view() -> None:
+    def slot_of(*prices: str) -> list[Snapshot]:
+        return [
+            snapshot(user_id=number, details=(Detail("AAPL", Decimal(1), Decimal(price), Decimal(price)),))
+            for number, price in enumerate(prices)
+        ]
+
+    assert checker.torn(slot_of("10.25", "10.26", "10.25")) == []
+    assert checker.torn(slot_of("10.25", "10.26", "10.27")) == [
+        "AAPL in slot 15:00:00: [Decimal('10.25'), Decimal('10.26'), Decimal('10.27')]"
+    ]
+
+
+def test_stored_price_must_have_been_the_market_s() -> None:
+    trade = truth.Market(system.MARKET_SEED).latest_trade("AAPL", AT)
+    right = {"symbol": "AAPL", "price": trade.price, "traded_at": truth.traded_at(trade)}
+    assert checker.untrue([right]) == []
+    for change in (
+        {"price": trade.price + Decimal("0.01")},
+        {"traded_at": truth.traded_at(trade) + timedelta(microseconds=1)},
+        {"symbol": population.UNKNOWN_SYMBOL},
+    ):
+        assert len(checker.untrue([right | change])) == 1, change
+
+
 def test_snapshot_must_have_all_positions_and_add_up() -> None:
     user = User("user", USER.cash, USER.shares, id=1, orders=[Order(1, 0.0, 1.0)])
     people = population.Population([user])
-    assert checker.incomplete([snapshot()], people) == []
+    assert checker.incomplete([snapshot()], people, since_the_slot) == []
     for change in (
         {"details": ()},
         {"unpriced_positions": 0},
@@ -254,7 +387,7 @@ def test_snapshot_must_have_all_positions_and_add_up() -> None:
         {"details": (Detail("AAPL", Decimal("2.5"), Decimal("25.62"), Decimal("10.25")),)},
         {"cash_balance": Decimal("97.00"), "total_value": Decimal("122.63")},
     ):
-        assert checker.incomplete([snapshot(**change)], people), change
+        assert checker.incomplete([snapshot(**change)], people, since_the_slot), change
 
 
 def test_point_of_a_chart_must_be_a_snapshot_of_that_user_in_that_bucket() -> None:
