@@ -38,10 +38,19 @@ EARLY_SECONDS_MAX = 1.0
 """By so much a slot may be taken before its time: by the clock of a replica that had to read it from PostgreSQL."""
 COMMIT_SECONDS_MAX = 3.0
 """After so long a price that was written is committed, and seen by all, unless PostgreSQL was struck meanwhile."""
-GROWTH_MAX = 1.35
-"""What a process that has been through everything may use, of what it used when it was new."""
-FEW = 12
-"""Tasks, files and threads more than at first that say nothing: connections in use, say."""
+MORE_MAX = {
+    "tasks": (1.0, 4.0),
+    "threads": (1.0, 2.0),
+    "files": (1.0, 12.0),
+    "connections": (1.0, 9.0),
+    "in_use": (1.0, 2.0),
+    "memory_mb": (1.35, 20.0),
+}
+"""What a process that has been through everything may use when all is quiet: so many times what the replica of its
+kind that used most did when it was new, and so much more.
+"""
+USAGE_SECONDS_MAX = 15.0
+"""Within which a service that runs must say what it uses."""
 
 _SNAPSHOTS = """
 SELECT timestamp, user_id, total_value, cash_balance, investment_value, unpriced_positions
@@ -84,6 +93,8 @@ FROM pg_stat_activity
 WHERE backend_type = 'client backend'
 GROUP BY application_name
 """
+SETTLE_SECONDS_MAX = 5.0
+"""Within which the bus has what the table has, when all is quiet."""
 CHART_BUCKET = timedelta(minutes=5)
 """Of the charts that readers ask for."""
 LISTENERS = "api_gateway_listens"
@@ -172,7 +183,7 @@ async def check(
         verdict.add("price went back", [str(dict(row)) for row in went_back])
         verdict.counts["orders"] = system.population.orders_committed
         verdict.add("order", lost_orders(await connection.fetch(_HOLDINGS), system.population))
-        verdict.add("bus", await _unlike_the_bus(connection, system))
+        verdict.add("bus", await unlike_the_bus(connection, system.nats_urls))
     finally:
         await connection.close()
     verdict.counts["answers"] = dict(sorted(readers.counts.items()))
@@ -402,9 +413,14 @@ def lost_orders(rows: Iterable[Row], population: Population) -> list[str]:
     return found
 
 
-async def _unlike_the_bus(connection: "asyncpg.Connection[asyncpg.Record]", system: System) -> list[str]:
+async def unlike_the_bus(
+    connection: "asyncpg.Connection[asyncpg.Record]",
+    nats_urls: list[str],
+    *,
+    seconds_max: float = SETTLE_SECONDS_MAX,
+) -> list[str]:
     """Return which last prices on the bus are not those in the table, after some time to settle."""
-    client = await nats.connect(system.nats_urls)
+    client = await nats.connect(nats_urls)
     js = client.jetstream()
 
     async def differing() -> list[str]:
@@ -422,21 +438,28 @@ async def _unlike_the_bus(connection: "asyncpg.Connection[asyncpg.Record]", syst
                 found.append(f"{row['symbol']} is {dict(row)} in the table and {tick} on the bus")
         return found
 
-    found: list[str] = []
+    until = time.monotonic() + seconds_max
     try:
-        for _ in range(20):  # prices go on moving: a difference is one when it stays
+        while True:  # prices go on moving: a difference is one when it stays
             found = await differing()
-            if not found:
-                break
+            if not found or time.monotonic() > until:
+                return found
             await asyncio.sleep(0.25)
     finally:
         await client.close()
-    return found
 
 
 def ended_otherwise(system: System) -> list[str]:
-    """Return which services ended otherwise than by SIGKILL when they were killed, or with 0 when asked to stop."""
-    found = []
+    """Return which services ended otherwise than by SIGKILL when they were killed, or with 0 when asked to stop.
+
+    Of servers, and of the market, only which had to be killed because they did not stop.
+    """
+    found = [
+        f"{part.name} was {NOT_STOPPED}"
+        for part in (*system.servers, system.market)
+        for end in part.ends
+        if NOT_STOPPED in end.after
+    ]
     for replicas in system.services.values():
         # Of replicas that are to kill themselves at some point it befalls the first to come there, once.
         deaths_left = int(any(service.kills_itself for service in replicas))
@@ -473,18 +496,34 @@ class Usage:
     files: int
     connections: int
     """To PostgreSQL."""
+    in_use: int
+    """Of these, what pools have lent and not got back."""
     memory_mb: float
 
 
-async def usage(system: System) -> dict[str, Usage]:
-    """Return what each service uses now, by its name, of those that say so."""
-    found = {service.name: await usage_of(service) for service in system.all_services}
-    return {name: used for name, used in found.items() if used is not None}
+async def usage(system: System, *, seconds_max: float = USAGE_SECONDS_MAX) -> dict[str, Usage]:
+    """Return what each service uses now, by its name; raises AssertionError for one that does not say."""
+
+    async def said(service: Service) -> Usage:
+        async def is_said() -> Usage | None:
+            return await usage_of(service)
+
+        try:
+            found = await eventually(is_said, timeout=seconds_max, every=0.2)
+        except AssertionError:
+            raise AssertionError(f"{service.name} does not say what it uses") from None
+        assert found is not None
+        return found
+
+    services = system.all_services
+    found = await asyncio.gather(*map(said, services))
+    return {service.name: used for service, used in zip(services, found, strict=True)}
 
 
 async def usage_of(service: Service) -> Usage | None:
     """Return what a service uses now; None when it does not say."""
     status, text = await service.ask("metrics")
+    connections = _samples(text, "database_connections")
     try:
         process = psutil.Process(service.pids()[0])
         return (
@@ -492,7 +531,8 @@ async def usage_of(service: Service) -> Usage | None:
                 tasks=int(sum(_samples(text, "foliotick_tasks").values())),
                 threads=process.num_threads(),
                 files=process.num_fds(),
-                connections=int(sum(_samples(text, "database_connections").values())),
+                connections=int(sum(connections.values())),
+                in_use=int(sum(count for labels, count in connections.items() if 'state="in_use"' in labels)),
                 memory_mb=process.memory_info().rss / 1e6,
             )
             if status == 200
@@ -514,14 +554,13 @@ def _samples(text: str, metric: str) -> dict[str, float]:
 
 async def grown(system: System, before: Mapping[str, Usage]) -> list[str]:
     """Return which services use more than they did, and what was left behind."""
-    before = _of_any_replica(system, before)
+    before = of_any_replica(system, before)
     found: list[str] = []
     for _ in range(10):  # what is under way just now is no leak
         found = [
             each
             for service in system.all_services
-            if service.name in before and service.pids()
-            for each in _grown(service.name, before[service.name], await usage_of(service))
+            for each in more_than(service.name, before[service.name], await usage_of(service))
         ]
         if not found:
             break
@@ -533,13 +572,10 @@ async def grown(system: System, before: Mapping[str, Usage]) -> list[str]:
         found.append(f"connections to PostgreSQL that no service may have: {error.__cause__ or error}")
     finally:
         await connection.close()
-    running = {child.pid for child in psutil.Process().children()}
-    known = {pid for part in system.parts for pid in part.pids()[:1]}
-    found += [f"process {pid}" for pid in running - known if _is_of(pid, system)]
-    return found
+    return found + await asyncio.to_thread(left_behind, system)
 
 
-def _of_any_replica(system: System, used: Mapping[str, Usage]) -> dict[str, Usage]:
+def of_any_replica(system: System, used: Mapping[str, Usage]) -> dict[str, Usage]:
     """Return for each service the most that any of its replicas used: one that stood by may lead by now."""
     most = {}
     for replicas in system.services.values():
@@ -551,17 +587,24 @@ def _of_any_replica(system: System, used: Mapping[str, Usage]) -> dict[str, Usag
     return most
 
 
-def _grown(name: str, before: Usage, now: Usage | None) -> list[str]:
+def more_than(name: str, before: Usage, now: Usage | None) -> list[str]:
+    """Return of what a service uses more than it may, by what it used before."""
     if now is None:
         return [f"{name} does not say what it uses"]
-    found = []
-    for what in ("tasks", "threads", "files"):
-        least, most = getattr(before, what), getattr(now, what)
-        if most > least * GROWTH_MAX + FEW:
-            found.append(f"{name}: {most} {what}, {least} before")
-    if now.memory_mb > before.memory_mb * GROWTH_MAX + 20:
-        found.append(f"{name}: {now.memory_mb:.0f} MB, {before.memory_mb:.0f} before")
-    return found
+    return [
+        f"{name}: {getattr(now, what):.0f} {what}, {getattr(before, what):.0f} before"
+        for what, (times, more) in MORE_MAX.items()
+        if getattr(now, what) > getattr(before, what) * times + more
+    ]
+
+
+def left_behind(system: System) -> list[str]:
+    """Return which processes of a service run besides those that are known; whose child they are does not matter.
+
+    A service has none but its own: what it, or one that died, has started shows by what it inherited.
+    """
+    known = {pid for part in system.parts for pid in part.pids()[:1]}
+    return [f"process {pid}" for pid in psutil.pids() if pid not in known and _is_of(pid, system)]
 
 
 def _is_of(pid: int, system: System) -> bool:

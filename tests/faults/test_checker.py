@@ -1,30 +1,37 @@
 """The checker is worth something: it says so when the product is broken, and when an answer is wrong by a cent."""
 
 import asyncio
+import os
+import secrets
 import signal
 import subprocess
 import time
+from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
+import aiohttp
 import asyncpg
 import pytest
 
 from local.servers import child_command
+from local.settings import free_port
 from services.snapshotter.queries import take_snapshots
+from shared.bus import Bus
 from shared.clock import last_boundary, next_boundary, utc_now
 from shared.database import Database
 from tests.factories import create_user, set_price
 from tests.faults import checker, mix, population, system, truth
 from tests.faults import readers as readers_of
-from tests.faults.checker import Detail, Snapshot, Verdict
+from tests.faults.checker import Detail, Snapshot, Usage, Verdict
 from tests.faults.parts import FROZEN, KILLED, NOT_STOPPED, STOPPING, End, Nats, Postgres, Service, Spell
 from tests.faults.population import Order, User
 from tests.faults.readers import Asked, Point, Readers, judge_chart, judge_portfolio
 from tests.faults.system import Options
 from tests.faults.tampered import runner
+from tests.streams import trade
 from tests.waiting import eventually
 
 SEED = 3
@@ -300,6 +307,29 @@ async def test_position_of_no_snapshot_is_an_orphan(database: Database, database
         await connection.close()
 
 
+async def test_price_on_the_bus_must_be_the_one_in_the_table(
+    database: Database, database_url: str, bus: Bus, nats_url: str
+) -> None:
+    connection = await asyncpg.connect(database_url)
+
+    async def found() -> list[str]:
+        return await checker.unlike_the_bus(connection, [nats_url], seconds_max=0.3)
+
+    try:
+        await trade(database, bus, "AAPL", "10.25")
+        await trade(database, bus, "BTC/USD", "65000.00")
+        assert await found() == []
+        await trade(database, None, "AAPL", "10.26")  # stored, and never published
+        (said,) = await found()
+        assert said.startswith("AAPL is ")
+        await trade(database, bus, "AAPL", "10.27")
+        await trade(database, None, "MSFT", "400.00")
+        (said,) = await found()
+        assert said.startswith("MSFT is ")
+    finally:
+        await connection.close()
+
+
 def test_snapshot_must_have_what_was_ordered_before_its_slot() -> None:
     people = population.Population([User("user", USER.cash, USER.shares, id=1)])
 
@@ -452,6 +482,14 @@ def test_process_may_end_only_as_it_was_told_to(tmp_path: Path, end: End, said: 
     assert ended(tmp_path, end) == ([f'snapshotter-1 {said}: {{"level": "error"}}'] if said else [])
 
 
+def test_server_that_had_to_be_killed_because_it_did_not_stop_is_found() -> None:
+    still = system_of(Service("gateway"))
+    still.postgres.ends += [End(-9, frozenset({KILLED})), End(1, frozenset({STOPPING}))]
+    assert checker.ended_otherwise(still) == []
+    still.postgres.ends.append(End(-9, frozenset({STOPPING, NOT_STOPPED})))
+    assert checker.ended_otherwise(still) == ["postgres was not stopped in time, and killed"]
+
+
 def test_service_that_was_tampered_with_may_kill_itself_once(tmp_path: Path) -> None:
     died = End(-9, frozenset())
     deadly = runner("snapshotter", "die_before_acknowledging")
@@ -502,6 +540,64 @@ async def test_what_befell_a_process_is_noted_with_its_end() -> None:
         End(-9, frozenset({KILLED})),
         End(-9, frozenset({FROZEN, STOPPING, NOT_STOPPED})),
     ]
+
+
+USED = Usage(tasks=20, threads=4, files=30, connections=3, in_use=1, memory_mb=100.0)
+
+
+def test_more_than_comes_and_goes_is_a_leak() -> None:
+    assert checker.more_than("gateway", USED, USED) == []
+    for what, (times, more) in checker.MORE_MAX.items():
+        before = getattr(USED, what)
+        most = int(before * times + more)
+        assert checker.more_than("gateway", USED, replace(USED, **{what: most})) == []
+        assert checker.more_than("gateway", USED, replace(USED, **{what: most + 1})) == [
+            f"gateway: {most + 1} {what}, {before:.0f} before"
+        ]
+    assert set(checker.MORE_MAX) == {each.name for each in fields(Usage)}
+
+
+def test_replica_that_stood_by_may_use_what_the_one_that_led_used() -> None:
+    still = system_of(Service("gateway"))
+    still.services["price_feeder"] = [Service("price_feeder-1"), Service("price_feeder-2")]
+    used = {
+        "gateway": USED,
+        "price_feeder-1": replace(USED, tasks=40, memory_mb=90.0),
+        "price_feeder-2": USED,
+    }
+    most = replace(USED, tasks=40)
+    assert checker.of_any_replica(still, used) == {
+        "gateway": USED,
+        "price_feeder-1": most,
+        "price_feeder-2": most,
+    }
+
+
+async def test_service_that_does_not_say_what_it_uses_is_found() -> None:
+    assert checker.more_than("gateway", USED, None) == ["gateway does not say what it uses"]
+    async with aiohttp.ClientSession() as http:
+        silent = Service("gateway", health_url=f"http://127.0.0.1:{free_port()}", http=http)
+        with pytest.raises(AssertionError, match="gateway does not say what it uses"):
+            await checker.usage(system_of(silent), seconds_max=0.1)
+
+
+def test_process_that_a_dead_service_left_behind_is_found() -> None:
+    still = system_of(Service("gateway"))
+    still.jwt_secret = secrets.token_hex()
+    assert checker.left_behind(still) == []
+    # Its parent ends at once: it is nobody's child any more.
+    leaving = subprocess.run(
+        ["sh", "-c", "sleep 60 >&- & echo $!"],
+        env={**os.environ, "JWT_SECRET": still.jwt_secret},
+        stdout=subprocess.PIPE,
+        check=True,
+        start_new_session=True,
+    )
+    orphan = int(leaving.stdout)
+    try:
+        assert checker.left_behind(still) == [f"process {orphan}"]
+    finally:
+        os.kill(orphan, signal.SIGKILL)
 
 
 # ---- orders --------------------------------------------------------------------------------------
