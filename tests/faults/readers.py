@@ -289,8 +289,8 @@ def points_of(body: Any, user: User) -> list[Point]:
 
 def ill_mannered(status: int, retry_after: str | None, text: str) -> list[str]:
     """Return what is wrong with a refusal: it must be a problem of ours that says when to try again."""
-    if not (retry_after or "").isdigit():
-        return [f"{status} without Retry-After: {text[:200]}"]
+    if rude := without_retry_after(status, retry_after):
+        return rude
     try:
         body = json.loads(text)
         if str(body["type"]).startswith("urn:foliotick:problem:") and body["status"] == status:
@@ -298,6 +298,10 @@ def ill_mannered(status: int, retry_after: str | None, text: str) -> list[str]:
     except (ValueError, KeyError, TypeError):
         pass
     return [f"{status} is no problem of ours: {text[:200]}"]
+
+
+def without_retry_after(status: int, retry_after: str | None) -> list[str]:
+    return [] if (retry_after or "").isdigit() else [f"{status} with {retry_after} for Retry-After"]
 
 
 def title(text: str) -> str:
