@@ -170,11 +170,11 @@ class Watchers:
         self.wrong += [f"stream of {watcher.user.subject}, {event.name}: {each}" for each in found]
 
     def _judge(self, gateway: str, watcher: Watcher, event: Event, stream: Stream) -> list[str]:
-        if event.name not in ("portfolio", "change"):
-            return []
+        """Return what is wrong with what is shown now; a heartbeat says that there is nothing newer."""
         if not stream.shown:
-            return ["a change of nothing"]
-        watcher.shown, watcher.last_id = stream.shown, event.id
+            return ["nothing was shown before"]
+        if event.id:
+            watcher.shown, watcher.last_id = stream.shown, event.id
         user, seen = watcher.user, watcher.seen[gateway]
         orders = self._orders(gateway, user, time.monotonic())
         found = judge_portfolio(stream.shown, user, range(max(orders.start, seen.order), orders.stop))
