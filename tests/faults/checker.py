@@ -20,6 +20,7 @@ from services.snapshotter.snapshots import CONSUMER
 from shared.clock import last_boundary
 from shared.messages import PRICES, TIMER, price_subject
 from tests.faults import audit
+from tests.faults.links import kind_of
 from tests.faults.parts import KILLED, NOT_STOPPED, STOPPING, End, Service
 from tests.faults.population import UNKNOWN_SYMBOL, Population, User
 from tests.faults.readers import Point, Readers
@@ -49,6 +50,8 @@ MORE_MAX = {
 """What a process that has been through everything may use when all is quiet: so many times what the replica of its
 kind that used most did when it was new, and so much more.
 """
+FEEDER_TASKS = 24
+"""More that a price feeder has when it leads and its streams are carried, which may begin after all are ready."""
 USAGE_SECONDS_MAX = 15.0
 """Within which a service that runs must say what it uses."""
 
@@ -591,11 +594,14 @@ def more_than(name: str, before: Usage, now: Usage | None) -> list[str]:
     """Return of what a service uses more than it may, by what it used before."""
     if now is None:
         return [f"{name} does not say what it uses"]
-    return [
-        f"{name}: {getattr(now, what):.0f} {what}, {getattr(before, what):.0f} before"
-        for what, (times, more) in MORE_MAX.items()
-        if getattr(now, what) > getattr(before, what) * times + more
-    ]
+    found = []
+    for what, (times, more) in MORE_MAX.items():
+        most = getattr(before, what) * times + more
+        if what == "tasks" and kind_of(name) == "price_feeder":
+            most += FEEDER_TASKS
+        if getattr(now, what) > most:
+            found.append(f"{name}: {getattr(now, what):.0f} {what}, {getattr(before, what):.0f} before")
+    return found
 
 
 def left_behind(system: System) -> list[str]:

@@ -554,6 +554,9 @@ def test_more_than_comes_and_goes_is_a_leak() -> None:
         assert checker.more_than("gateway", USED, replace(USED, **{what: most + 1})) == [
             f"gateway: {most + 1} {what}, {before:.0f} before"
         ]
+    begins_to_lead = replace(USED, tasks=USED.tasks + checker.FEEDER_TASKS)
+    assert checker.more_than("price_feeder-1", USED, begins_to_lead) == []
+    assert checker.more_than("snapshotter-1", USED, begins_to_lead) == ["snapshotter-1: 44 tasks, 20 before"]
     assert set(checker.MORE_MAX) == {each.name for each in fields(Usage)}
 
 
