@@ -55,6 +55,37 @@ class Stream:
         return self.shown
 
 
+def of_sse(response: aiohttp.ClientResponse) -> Stream:
+    """Return what an answer of Server-Sent Events streams."""
+
+    async def read() -> Event:
+        fields = {"id": ""}
+        while True:
+            line = (await response.content.readline()).decode()
+            if not line:
+                raise ConnectionResetError("the stream has ended")
+            if line == "\n" and "data" in fields:
+                return Event(fields["event"], fields["id"], json.loads(fields["data"], parse_float=Decimal))
+            name, _, value = line.rstrip("\n").partition(": ")
+            if name in ("event", "id", "data"):
+                fields[name] = value
+
+    return Stream(read)
+
+
+def of_websocket(socket: aiohttp.ClientWebSocketResponse) -> Stream:
+    """Return what a WebSocket streams."""
+
+    async def read() -> Event:
+        message = await socket.receive()
+        if message.type is not aiohttp.WSMsgType.TEXT:
+            raise ConnectionResetError(f"{message.type.name} {message.data}")
+        told = json.loads(message.data, parse_float=Decimal)
+        return Event(told["event"], told.get("id", ""), told["data"])
+
+    return Stream(read)
+
+
 @asynccontextmanager
 async def sse(
     gateway: Gateway, subject: str | None = "demo", *, query: str = "", **headers: str
@@ -68,21 +99,7 @@ async def sse(
         assert response.status == 200, await response.text()
         assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
 
-        async def read() -> Event:
-            fields = {"id": ""}
-            while True:
-                line = (await response.content.readline()).decode()
-                if not line:
-                    raise ConnectionResetError("the stream has ended")
-                if line == "\n" and "data" in fields:
-                    return Event(
-                        fields["event"], fields["id"], json.loads(fields["data"], parse_float=Decimal)
-                    )
-                name, _, value = line.rstrip("\n").partition(": ")
-                if name in ("event", "id", "data"):
-                    fields[name] = value
-
-        yield Stream(read)
+        yield of_sse(response)
 
 
 @asynccontextmanager
@@ -92,15 +109,7 @@ async def websocket(
     """Open the stream as a WebSocket."""
     url = f"http://127.0.0.1:{gateway.port}{PATH}{query}"
     async with gateway.session.ws_connect(url, headers=bearer(subject) if subject else {}) as socket:
-
-        async def read() -> Event:
-            message = await socket.receive()
-            if message.type is not aiohttp.WSMsgType.TEXT:
-                raise ConnectionResetError(f"{message.type.name} {message.data}")
-            told = json.loads(message.data, parse_float=Decimal)
-            return Event(told["event"], told.get("id", ""), told["data"])
-
-        yield Stream(read), socket
+        yield of_websocket(socket), socket
 
 
 async def trade(database: Database, bus: Bus | None, symbol: str, price: str, *, feed: str = "iex") -> None:

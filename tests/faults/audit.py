@@ -35,7 +35,7 @@ WHERE traded_at < traded_at_before OR sequence <= sequence_before
 ORDER BY written_at
 """
 
-PRICES = "SELECT symbol, price, traded_at FROM audited_prices"
+PRICES = "SELECT symbol, price, traded_at, written_at FROM audited_prices"
 
 
 async def install(database_url: str) -> None:

@@ -19,6 +19,7 @@ import psutil
 
 from local.servers import NatsNode, Server, ServerFailed, child_command, nats_server, postgres, replica_of
 from local.settings import ROOT
+from tests.faults import tampered
 from tests.waiting import eventually
 
 LOOK_SECONDS = 0.05
@@ -27,6 +28,10 @@ RESTART_PAUSE_SECONDS = 0.2
 START_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 15.0
 ASK_SECONDS_MAX = 3.0
+KILLED, FROZEN, STOPPING = "killed", "frozen", "stopping"
+DEADLY = {each.__name__ for each in (tampered.die_before_acknowledging, tampered.die_before_publishing)}
+"""Of what is done to services on purpose, that by which they kill themselves."""
+NOT_STOPPED = "not stopped in time, and killed"
 
 
 @dataclass
@@ -44,19 +49,36 @@ class Spell:
         )
 
 
+@dataclass(frozen=True)
+class End:
+    """How a process ended, and why it may have."""
+
+    code: int
+    """Negative for a signal."""
+    after: frozenset[str]
+    """What had befallen it: why its spells came over it."""
+
+
 @dataclass
 class Part(ABC):
     """A process that is started again whenever it ends, until it is not wanted any more."""
 
     name: str
     spells: list[Spell] = field(default_factory=list)
-    exit_codes: list[int] = field(default_factory=list)
-    """Of each process that ended, negative for a signal."""
+    overloads: list[Spell] = field(default_factory=list)
+    """When it had so much to do that it might refuse, but not fall silent."""
+    ends: list[End] = field(default_factory=list)
+    """Of each process that ended."""
+    stop_seconds_max: float = STOP_SECONDS_MAX
+    """What it may take to stop when it is asked to; then it is killed."""
     process: "subprocess.Popen[bytes] | None" = None
     _wanted: bool = False
     _watching: asyncio.Task[None] | None = None
     _struck: "subprocess.Popen[bytes] | None" = None
     """The process that the present spell befell."""
+    _befallen: set[str] = field(default_factory=set)
+    """Why spells came over the present process."""
+    _is_frozen: bool = False
 
     @abstractmethod
     async def _launch(self) -> "subprocess.Popen[bytes]":
@@ -73,13 +95,18 @@ class Part(ABC):
         """Return the ids of its processes, the one that starts the others first."""
         return [self.process.pid] if self.process is not None and self.process.poll() is None else []
 
+    @property
+    def exit_codes(self) -> list[int]:
+        """Of each process that ended, negative for a signal."""
+        return [end.code for end in self.ends]
+
     # ---- life ------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Start it, and keep it running."""
         self._wanted = True
         self._begin("starting")
-        self.process = await self._launch()
+        await self._launch_anew()
         self._watching = asyncio.create_task(self._keep_running())
 
     async def wait_until_ready(self, seconds_max: float = START_SECONDS_MAX) -> None:
@@ -110,16 +137,21 @@ class Part(ABC):
             assert self.process is not None
             code = self.process.poll()
             if code is not None:
-                self.exit_codes.append(code)
+                self.ends.append(End(code, frozenset(self._befallen)))
                 if self.spell is None:
                     self._begin(f"ended by itself with {code}")
                 await self._clean_up()
                 await asyncio.sleep(RESTART_PAUSE_SECONDS)
                 if self._wanted:
-                    self.process = await self._launch()
+                    await self._launch_anew()
             elif self.spell is not None and self.process is not self._struck and await self.is_ready():
                 self._heal()
             await asyncio.sleep(LOOK_SECONDS)
+
+    async def _launch_anew(self) -> None:
+        self._befallen.clear()
+        self._is_frozen = False
+        self.process = await self._launch()
 
     # ---- faults ----------------------------------------------------------------------------------
 
@@ -135,7 +167,7 @@ class Part(ABC):
 
     def kill(self) -> None:
         """Kill it with SIGKILL; it is started anew."""
-        self._begin("killed")
+        self._begin(KILLED)
         for pid in self.pids()[:1]:
             os.kill(pid, signal.SIGKILL)
 
@@ -146,17 +178,19 @@ class Part(ABC):
 
     def freeze(self) -> None:
         """Stop it in its tracks, until `thaw`."""
-        self._begin("frozen")
+        self._begin(FROZEN)
+        self._is_frozen = True
         for pid in self.pids():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
         """Let it go on."""
+        self._is_frozen = False
         for pid in reversed(self.pids()):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
-        if self.spell is not None and self.spell.why == "frozen":
+        if self.spell is not None and self.spell.why == FROZEN:
             self._heal()
 
     async def terminate(self, number: signal.Signals = signal.SIGTERM) -> int | None:
@@ -164,11 +198,14 @@ class Part(ABC):
         process = self.process
         if process is None or process.poll() is not None:
             return None if process is None else process.returncode
-        self._begin("stopping")
+        self._begin(STOPPING)
         process.send_signal(number)
-        deadline = time.monotonic() + STOP_SECONDS_MAX
+        deadline = time.monotonic() + self.stop_seconds_max
         while process.poll() is None:
-            if time.monotonic() > deadline:
+            if self._is_frozen:  # what is frozen cannot stop, and hears of it when it goes on
+                deadline = time.monotonic() + self.stop_seconds_max
+            elif time.monotonic() > deadline:
+                self._begin(NOT_STOPPED)
                 process.kill()
                 await asyncio.to_thread(process.wait)
                 return None
@@ -179,6 +216,7 @@ class Part(ABC):
         if self.spell is not None:
             self._heal()
         self.spells.append(Spell(why, time.monotonic()))
+        self._befallen.add(why)
         self._struck = self.process
 
     def _heal(self) -> None:
@@ -216,6 +254,12 @@ class Service(Part):
     async def is_ready(self) -> bool:
         status, _ = await self.ask(self.ready_path)
         return status == 200
+
+    @property
+    def kills_itself(self) -> bool:
+        """Tell whether it was tampered with so that the first replica to come to some point dies there."""
+        _, _, tampering = self.module.partition("tests.faults.tampered ")
+        return bool(DEADLY.intersection(tampering.partition(" ")[0].split(",")))
 
     def last_error(self) -> str:
         """Return what its log has last of level error, or at all."""

@@ -4,8 +4,8 @@ import asyncio
 import json
 import random
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -24,6 +24,8 @@ DEADLINE_SECONDS = 5.0
 """Of the gateway; its default."""
 LATE_SECONDS_MAX = 2.0
 """What a busy machine may add to it."""
+GIVE_UP_SECONDS = 2 * (DEADLINE_SECONDS + LATE_SECONDS_MAX)
+"""When a reader gives up: clearly after the last answer that is in time, so that a late one is seen to be late."""
 PAUSE_SECONDS = 0.05
 RECOVERY_SECONDS_MAX = 3.0
 """After the last fault has healed nobody must be refused for longer."""
@@ -33,7 +35,10 @@ PATHS = (
 )
 OVERLOAD_RECOVERY_SECONDS_MAX = 5.0
 """Nor after the last of an overload."""
-_REFUSALS = frozenset({429, 503})
+CHART_POINTS_MAX = 20_000
+CHART_POINTS_EACH = 2
+"""The last ones of a chart, of which a snapshot has just made one."""
+REFUSALS = frozenset({429, 503})
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,15 @@ class Asked:
     """False when the connection was refused: then nothing was asked yet."""
 
 
+@dataclass(frozen=True)
+class Point:
+    """What a chart showed of a user."""
+
+    user_id: int
+    bucket_at: datetime
+    value: Decimal
+
+
 @dataclass
 class Readers:
     """Those who read, and what they found; times are of `time.monotonic`."""
@@ -60,9 +74,10 @@ class Readers:
     """Answers that were not right, in words."""
     unanswered: list[Asked] = field(default_factory=list)
     refused: list[Asked] = field(default_factory=list)
-    overloads: list[Spell] = field(default_factory=list)
-    """When there was so much to do that gateways may refuse, but not fall silent."""
     slowest_seconds: float = 0.0
+    """Of the requests that nothing was in the way of: neither their gateway was struck nor the link to it."""
+    points: deque[Point] = field(default_factory=lambda: deque(maxlen=CHART_POINTS_MAX))
+    """To be compared with the snapshots in the end."""
     _newest: dict[str, datetime] = field(default_factory=dict)
     _market: Market = field(default_factory=lambda: Market(MARKET_SEED))
 
@@ -73,7 +88,7 @@ class Readers:
                 tasks.create_task(self._read(random.Random(seed + number), stop))
 
     async def _read(self, chance: random.Random, stop: asyncio.Event) -> None:
-        timeout = aiohttp.ClientTimeout(total=DEADLINE_SECONDS + LATE_SECONDS_MAX)
+        timeout = aiohttp.ClientTimeout(total=GIVE_UP_SECONDS)
         async with aiohttp.ClientSession(timeout=timeout) as http:
             while not stop.is_set():
                 user = chance.choice(self.system.population.active)
@@ -98,13 +113,16 @@ class Readers:
             failed = Asked(gateway, began_at, time.monotonic(), problem, was_connected)
             self.unanswered.append(failed)
             self.counts["unanswered"] += 1
+            if isinstance(error, TimeoutError):
+                self._took(failed)
             return failed
         ended_at = time.monotonic()
-        self.slowest_seconds = max(self.slowest_seconds, ended_at - began_at)
         self.counts[str(answer.status)] += 1
-        if answer.status in _REFUSALS:
-            self.refused.append(Asked(gateway, began_at, ended_at, _title(text)))
-            self.wrong += _ill_mannered(answer.status, answer.headers.get("Retry-After"), text)
+        if self._took(Asked(gateway, began_at, ended_at, "")) > DEADLINE_SECONDS + LATE_SECONDS_MAX:
+            self.wrong.append(f"{path} of {user.subject}: {answer.status} after {ended_at - began_at:.1f} s")
+        if answer.status in REFUSALS:
+            self.refused.append(Asked(gateway, began_at, ended_at, title(text)))
+            self.wrong += ill_mannered(answer.status, answer.headers.get("Retry-After"), text)
             return self.refused[-1]
         if answer.status != 200:
             self.wrong.append(f"{path} of {user.subject}: {answer.status} {text[:200]}")
@@ -114,64 +132,87 @@ class Readers:
             found = self._judge_current(body, user, user.orders_between(began_at, ended_at), floors)
         else:
             found = judge_chart(body, user)
+            self.points += points_of(body, user)
         self.wrong += [f"{path} of {user.subject}: {each}" for each in found]
         return None
 
-    def _judge_current(self, body: Any, user: User, orders: range, floors: dict[str, datetime]) -> list[str]:
-        found = judge_portfolio(body, user, orders)
-        for position in body["positions"]:
-            symbol, as_of = position["ticker"], datetime.fromisoformat(position["price_as_of"])
-            price = self._market.price_of(symbol, as_of)
-            if price != position["price_per_share"]:
-                found.append(f"{symbol} at {position['price_per_share']} as of {as_of}: it was {price}")
-            if symbol in floors and as_of < floors[symbol]:
-                found.append(f"{symbol} as of {as_of} after one of {floors[symbol]} was seen")
-            self._newest[symbol] = max(as_of, self._newest.get(symbol, as_of))
+    def _took(self, asked: Asked) -> float:
+        """Note how long a request took, and return it; 0 when something was in its way."""
+        if is_disturbed(way_to(self.system, asked.gateway), asked):
+            return 0.0
+        seconds = asked.ended_at - asked.began_at
+        self.slowest_seconds = max(self.slowest_seconds, seconds)
+        return seconds
+
+    def _judge_current(
+        self, body: Any, user: User, orders: range, floors: Mapping[str, datetime]
+    ) -> list[str]:
+        found = judge_portfolio(body, user, orders) + judge_prices(body, self._market, floors)
+        raise_floors(self._newest, body)
         return found
 
     @contextmanager
     def overloaded(self) -> Iterator[None]:
-        """Expect refusals while the block runs, and for a moment after it."""
+        """Expect refusals of all gateways while the block runs, and for a moment after it."""
         spell = Spell("overloaded", time.monotonic())
-        self.overloads.append(spell)
+        for gateway in self.system.gateway_ports:
+            self.system.part(gateway).overloads.append(spell)
         try:
             yield
         finally:
             spell.ended_at = time.monotonic()
 
-    # ---- what nobody is to blame for -------------------------------------------------------------
-
     def unexcused(self) -> list[str]:
         """Return which requests went wrong though nothing was the matter with what they needed."""
-        parts = {part.name: part for part in self.system.parts}
-        found = []
-        for asked in self.unanswered:
-            way = [link for link in self.system.links if link.target == asked.gateway]
-            if not _disturbed([parts[asked.gateway], *way], asked):
-                found.append(f"{asked.gateway} gave no answer ({asked.problem})")
-        for asked in self.refused:
-            links = [
-                link for link in self.system.links if (link.source, link.target) == (asked.gateway, POSTGRES)
-            ]
-            # Nothing else is needed for a read: not NATS, nor any other service.
-            needed: list[Part | Link] = [parts[asked.gateway], *self.system.postgres_servers, *links]
-            if not _disturbed(needed, asked) and not self._was_overloaded(asked):
-                found.append(f"{asked.gateway} refused without need ({asked.problem})")
-        return found
-
-    def _was_overloaded(self, asked: Asked) -> bool:
-        return any(
-            spell.overlaps(asked.began_at, asked.ended_at, after_seconds=OVERLOAD_RECOVERY_SECONDS_MAX)
-            for spell in self.overloads
-        )
+        return unexcused(self.system, self.unanswered, self.refused)
 
 
-def _disturbed(parts: Sequence[Part | Link], asked: Asked) -> bool:
+# ---- what nobody is to blame for -----------------------------------------------------------------
+
+
+def way_to(system: System, gateway: str) -> list[Part | Link]:
+    """Return what an answer comes from and through."""
+    return [system.part(gateway), *(link for link in system.links if link.target == gateway)]
+
+
+def needs_of_a_read(system: System, gateway: str) -> list[Part | Link]:
+    """Return what a gateway needs to answer. Nothing else is: not NATS, nor any other service."""
+    links = [link for link in system.links if (link.source, link.target) == (gateway, POSTGRES)]
+    return [system.part(gateway), *system.postgres_servers, *links]
+
+
+def unexcused(system: System, unanswered: Sequence[Asked], refused: Sequence[Asked]) -> list[str]:
+    """Return what went wrong though nothing was the matter with what it needed, then or just before."""
+    found = [
+        f"{asked.gateway} gave no answer ({asked.problem})"
+        for asked in unanswered
+        if not is_disturbed(way_to(system, asked.gateway), asked)
+    ]
+    found += [
+        f"{asked.gateway} refused without need ({asked.problem})"
+        for asked in refused
+        if not is_disturbed(needs_of_a_read(system, asked.gateway), asked)
+        and not was_overloaded(system.part(asked.gateway), asked)
+    ]
+    return found
+
+
+def was_overloaded(gateway: Part, asked: Asked) -> bool:
+    return any(
+        spell.overlaps(asked.began_at, asked.ended_at, after_seconds=OVERLOAD_RECOVERY_SECONDS_MAX)
+        for spell in gateway.overloads
+    )
+
+
+def is_disturbed(parts: Iterable[Part | Link], asked: Asked) -> bool:
     return any(
         spell.overlaps(asked.began_at, asked.ended_at, after_seconds=RECOVERY_SECONDS_MAX)
         for part in parts
         for spell in part.spells
     )
+
+
+# ---- answers -------------------------------------------------------------------------------------
 
 
 def judge_portfolio(body: Any, user: User, orders: range) -> list[str]:
@@ -195,6 +236,30 @@ def judge_portfolio(body: Any, user: User, orders: range) -> list[str]:
     return found
 
 
+def judge_prices(body: Any, market: Market, floors: Mapping[str, datetime]) -> list[str]:
+    """Return which prices the market did not have at their time, and which are older than what was seen before."""
+    found = []
+    for position in body["positions"]:
+        symbol, as_of = position["ticker"], _as_of(position)
+        price = market.price_of(symbol, as_of)
+        if price != position["price_per_share"]:
+            found.append(f"{symbol} at {position['price_per_share']} as of {as_of}: it was {price}")
+        if symbol in floors and as_of < floors[symbol]:
+            found.append(f"{symbol} as of {as_of} after one of {floors[symbol]} was seen")
+    return found
+
+
+def raise_floors(floors: MutableMapping[str, datetime], body: Any) -> None:
+    """Note of which trades the prices are: no older one is to be seen any more."""
+    for position in body["positions"]:
+        symbol, as_of = position["ticker"], _as_of(position)
+        floors[symbol] = max(as_of, floors.get(symbol, as_of))
+
+
+def _as_of(position: Any) -> datetime:
+    return datetime.fromisoformat(position["price_as_of"])
+
+
 def judge_chart(body: Any, user: User) -> list[str]:
     """Return what is wrong with an answer of `/performance` in itself."""
     found = []
@@ -214,10 +279,18 @@ def judge_chart(body: Any, user: User) -> list[str]:
     return found
 
 
-def _ill_mannered(status: int, retry_after: str | None, text: str) -> list[str]:
+def points_of(body: Any, user: User) -> list[Point]:
+    """Return the last points of a chart."""
+    return [
+        Point(user.id, datetime.fromisoformat(point["timestamp"]), point["value"])
+        for point in body["data_points"][-CHART_POINTS_EACH:]
+    ]
+
+
+def ill_mannered(status: int, retry_after: str | None, text: str) -> list[str]:
     """Return what is wrong with a refusal: it must be a problem of ours that says when to try again."""
-    if not (retry_after or "").isdigit():
-        return [f"{status} without Retry-After: {text[:200]}"]
+    if rude := without_retry_after(status, retry_after):
+        return rude
     try:
         body = json.loads(text)
         if str(body["type"]).startswith("urn:foliotick:problem:") and body["status"] == status:
@@ -227,7 +300,11 @@ def _ill_mannered(status: int, retry_after: str | None, text: str) -> list[str]:
     return [f"{status} is no problem of ours: {text[:200]}"]
 
 
-def _title(text: str) -> str:
+def without_retry_after(status: int, retry_after: str | None) -> list[str]:
+    return [] if (retry_after or "").isdigit() else [f"{status} with {retry_after} for Retry-After"]
+
+
+def title(text: str) -> str:
     try:
         return str(json.loads(text)["title"])
     except (ValueError, KeyError, TypeError):

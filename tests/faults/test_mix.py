@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tests.faults import mix, population, system
+from tests.faults.watchers import SSE, WEBSOCKET
 
 SEED = 30
 ACTS = 12
@@ -19,3 +20,7 @@ async def test_kills_and_freezes_lose_nothing(tmp_path: Path) -> None:
     assert verdict.is_good, verdict
     assert verdict.counts["snapshots"] == verdict.counts["of"]
     assert verdict.counts["orders"]
+    assert verdict.counts["chart points"]
+    streams = verdict.counts["streams"]
+    assert isinstance(streams, dict)
+    assert {SSE, WEBSOCKET, "portfolio", "change"} <= streams.keys()
