@@ -119,7 +119,8 @@ class Lookout:
     services: Sequence[Service]
     signs: Sequence[Sign]
     sights: list[Sight] = field(init=False)
-    _never_well: list[str] = field(default_factory=list)
+    never_well: list[str] = field(default_factory=list)
+    """Which checks showed something as long as they were waited for, though all was healed."""
 
     def __post_init__(self) -> None:
         metrics = sorted({sign.metric for sign in self.signs if sign.metric})
@@ -156,15 +157,15 @@ class Lookout:
 
         with suppress(AssertionError):
             await eventually(are_well, timeout=seconds_max, every=0.1)
-        self._never_well += [
-            f"{sight.service.name} shows {check} for ever, though all is healed"
+        self.never_well += [
+            f"{sight.service.name} goes on showing {check}"
             for sight in self.sights
             for check in sorted(checks & sight.unwell)
         ]
 
     def missing(self, signs: Sequence[Sign]) -> list[str]:
         """Return which of these signs no service has shown, and which were there to the end."""
-        return [each for sign in signs for each in _missing(sign, self.sights)] + self._never_well
+        return [each for sign in signs for each in _missing(sign, self.sights)] + self.never_well
 
     def unshown(self) -> list[str]:
         """Return which signs were not to be seen in which of the services."""
@@ -215,7 +216,11 @@ async def shown(
     system: System, *signs: Sign, by: Sequence[Service] | None = None, seconds_max: float = SEEN_SECONDS_MAX
 ) -> AsyncIterator[Lookout]:
     """Demand that each of these services, or of all, shows each of the signs while the block runs, or soon after it."""
-    async with _looking(Lookout(system.all_services if by is None else by, signs)) as lookout:
+    services = system.all_services if by is None else by
+    async with _looking(Lookout(services, signs)) as calm:
+        await calm.wait_until_well(seconds_max)  # else it would show what was done before
+    assert not calm.never_well, f"before anything was done: {'; '.join(calm.never_well)}"
+    async with _looking(Lookout(services, signs)) as lookout:
         yield lookout
         await lookout.wait_until_shown(seconds_max)
 
