@@ -26,11 +26,11 @@ from tests.faults.signs import Sign
 from tests.faults.system import Options, System
 from tests.waiting import eventually
 
-LEADERLESS_SECONDS_MAX = 15.0
-"""A new leader is chosen, and a client that was connected to the old one finds another server."""
 REPLICAS = 3
+LEADERLESS_SECONDS_MAX = 15.0
+"""The servers that are left choose a new leader: 4 to 9 s after they last heard of the old one, or once more."""
 WELL_SECONDS_MAX = 20.0
-"""Each stream has a leader of its own to choose, for which NATS takes 4 to 9 s."""
+"""So does each stream for itself, and a client that was connected to the lost server finds another one."""
 ASK_SECONDS_MAX = 1.0
 CURRENT_SECONDS_MAX = 30.0
 """A server that has come back has what it missed by then."""
