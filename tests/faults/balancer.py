@@ -2,16 +2,19 @@
 
 import asyncio
 import random
+import time
 from dataclasses import dataclass, field
 
 import aiohttp
 
 from tests.faults.population import User
-from tests.faults.readers import DEADLINE_SECONDS, LATE_SECONDS_MAX, PATHS, PAUSE_SECONDS, Readers
+from tests.faults.readers import DEADLINE_SECONDS, LATE_SECONDS_MAX, PATHS, PAUSE_SECONDS, Asked, Readers
 from tests.faults.system import System
+from tests.waiting import eventually
 
 LOOK_SECONDS = 0.1
-READY_SECONDS_MAX = 1.0
+READY_SECONDS_MAX = 2.0
+"""What a gateway may take to say it, on a machine that is busy."""
 
 
 @dataclass
@@ -29,14 +32,18 @@ class Balancer:
         self.readers = Readers(self.system)
 
     async def run(self, readers: int, stop: asyncio.Event, seed: int) -> None:
-        """Let so many clients read until `stop`."""
+        """Let so many clients read until `stop`, as soon as all gateways are ready."""
         async with asyncio.TaskGroup() as tasks:
             watching = [tasks.create_task(self._watch(gateway)) for gateway in self.system.gateway_ports]
+            await eventually(self._knows_all)
             for number in range(readers):
                 tasks.create_task(self._read(random.Random(seed + number), stop))
             await stop.wait()
             for task in watching:
                 task.cancel()
+
+    async def _knows_all(self) -> bool:
+        return len(self._ready) == len(self.system.gateway_ports)
 
     def lost(self) -> list[str]:
         """Return which requests were refused, or got no answer."""
@@ -68,9 +75,13 @@ class Balancer:
                 await asyncio.sleep(PAUSE_SECONDS)
 
     async def _ask(self, http: aiohttp.ClientSession, chance: random.Random, user: User) -> None:
-        """Ask a gateway that is ready, and another one when it refuses the connection."""
+        """Ask a gateway that is ready, and another one when it refuses the connection; while none is, it is lost."""
         path = chance.choice(PATHS)
         gateways = sorted(self._ready)
+        if not gateways:
+            now = time.monotonic()
+            self.readers.unanswered.append(Asked("no gateway", now, now, "none was ready"))
+            self.readers.counts["unanswered"] += 1
         chance.shuffle(gateways)
         for gateway in gateways:
             failed = await self.readers.ask(http, gateway, user, path)

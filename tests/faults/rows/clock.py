@@ -39,14 +39,20 @@ BEGINS_AT, OPENS_AFTER_BEGIN = datetime(2026, 3, 8, 7, tzinfo=UTC), "2026-03-09T
 _SAID = re.compile(r"the clock is ([+-]\d+) s ahead of PostgreSQL's")
 _STRAY = """
 SELECT count(*) FROM portfolio_snapshots
-WHERE timestamp > clock_timestamp() + interval '5 seconds'
+WHERE timestamp > clock_timestamp() + interval '5 seconds' OR timestamp < $1
 """
+_OLDEST = "SELECT min(timestamp) FROM portfolio_snapshots"
 
 
 async def _leaps(system: System, life: Life) -> str:
     # A gateway goes by its own clock when it judges tokens; the readers' would not last.
     life.readers.token_seconds = DAY_SECONDS
     seen = []
+    async with session(system) as connection:
+        oldest = await connection.fetchval(_OLDEST)
+    assert utc_now() - oldest < HOUR, (
+        f"the oldest slot is of {oldest}: one of an hour ago would not be noticed"
+    )
     for name, services in (
         ("snapshotter", [system.services["snapshotter"][0]]),
         ("feeder with the lease", [await lease_holder(system)]),
@@ -56,14 +62,14 @@ async def _leaps(system: System, life: Life) -> str:
     ):
         for ahead in (HOUR, -HOUR):
             try:
-                await _leap(system, services, ahead)
+                await _leap(system, services, ahead, oldest)
             except AssertionError as error:
                 raise AssertionError(f"{name} {ahead.total_seconds():+g} s: {error}") from error
         seen.append(name)
     return f"{', '.join(seen)}: each an hour ahead and an hour behind, noted in /readyz; slots and prices went on"
 
 
-async def _leap(system: System, services: Sequence[Service], ahead: timedelta) -> None:
+async def _leap(system: System, services: Sequence[Service], ahead: timedelta, oldest: datetime) -> None:
     """Let the clocks of some leap, and back again."""
     for service in services:
         system.clocks[service.name].set_ahead(ahead)
@@ -73,7 +79,10 @@ async def _leap(system: System, services: Sequence[Service], ahead: timedelta) -
     await next_slots(SLOTS)
     await _check_ages(system)
     async with session(system) as connection:
-        assert not await connection.fetchval(_STRAY), "a slot was stored ahead of its time"
+        stray = await connection.fetchval(_STRAY, oldest)
+        assert not stray, (
+            f"{stray} snapshots ahead of their time, or of before {oldest:%H:%M:%S}, the first slot"
+        )
         newest = await connection.fetchval("SELECT max(timestamp) FROM portfolio_snapshots")
         assert utc_now() - newest < CLOSE, f"the newest slot is of {newest}"
     if system.market not in services:  # a market in another time is not believed

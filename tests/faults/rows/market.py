@@ -12,7 +12,7 @@ import psutil
 from services.market_simulator.instants import rfc3339
 from shared.clock import utc_now
 from shared.freshness import PRICE_FRESH_FOR
-from tests.faults import audit
+from tests.faults import audit, telemetry
 from tests.faults.mix import Life
 from tests.faults.parts import Service, frozen
 from tests.faults.population import User
@@ -289,7 +289,7 @@ async def _hung_for_minutes(system: System, feeder: Service) -> str:
 
 def _said(service: Service, event: str) -> int:
     """Return how many lines of a service's log are about an event."""
-    return service.log.read_text().count(event)
+    return telemetry.said(service.log, event)
 
 
 # ---- 16: garbage ---------------------------------------------------------------------------------

@@ -1,22 +1,28 @@
 """PostgreSQL and NATS that restart, die and freeze."""
 
 import asyncio
-import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from tests.faults import checker
 from tests.faults.mix import Life
-from tests.faults.parts import frozen
+from tests.faults.parts import Part, frozen
 from tests.faults.readers import DEADLINE_SECONDS, LATE_SECONDS_MAX
-from tests.faults.rows.row import Row, confirmed_at, next_slots, seconds_to_health, session
-from tests.faults.signs import NATS_AWAY, POSTGRES_AWAY, Sign
+from tests.faults.rows.market_streams import watched
+from tests.faults.rows.row import Row, next_slots, seconds_to_health, session
+from tests.faults.signs import NATS_AWAY, POSTGRES_AWAY, Sign, shown
 from tests.faults.system import System
 from tests.waiting import eventually
 
 HEALTHY_SECONDS_MAX = 3.0
+POSTGRES_AWAY_SECONDS = 3.0
 FROZEN_SECONDS = 12.0
+NATS_AWAY_SECONDS = 12.0
+CONFIRMED_SECONDS_MAX = 6.0
+"""How old a price may become while NATS is away: a round begins every second, and waits 3 s for acknowledgements."""
+USAGE_SECONDS_MAX = 10.0
+STOPPED, KILLED, FROZEN = "stopped", "killed", "frozen"
 CROWD = 200
 """Clients besides the usual ones; each asks either gateway, and again when it is refused."""
 TASKS_OF_A_CLIENT = 2
@@ -27,17 +33,53 @@ REFUSED_MIN = TASKS_OF_A_CLIENT * CROWD + 2 * FEW
 """By each gateway, on the average: if each left a task behind, there would be too many."""
 
 
+@asynccontextmanager
+async def away(part: Part, how: str) -> AsyncIterator[None]:
+    """Let a part be STOPPED, KILLED or FROZEN while the block runs, and come back after it."""
+    if how == FROZEN:
+        async with frozen(part):
+            yield
+        return
+    if how == KILLED:
+        part.lose()
+    await part.end()
+    try:
+        yield
+    finally:
+        await part.start()
+
+
+async def usage_of_all(system: System) -> dict[str, checker.Usage]:
+    """Return what each service uses, as soon as all say so: one that is in trouble must not be left out."""
+    names = {service.name for service in system.all_services}
+
+    async def is_said() -> dict[str, checker.Usage]:
+        used = await checker.usage(system)
+        assert used.keys() == names, f"{sorted(names - used.keys())} do not say what they use"
+        return used
+
+    return await eventually(is_said, timeout=USAGE_SECONDS_MAX, every=0.2)
+
+
+def seconds_of_slowest(life: Life) -> float:
+    """Check that everybody who was not cut off was answered in time; return after how long the slowest was."""
+    unexcused = life.readers.unexcused()
+    assert not unexcused, f"{len(unexcused)} requests went wrong without an excuse: {unexcused[0]}"
+    slowest = life.readers.slowest_seconds
+    assert slowest < DEADLINE_SECONDS + LATE_SECONDS_MAX, f"an answer after {slowest:.1f} s"
+    return slowest
+
+
 async def _postgres_restarts(system: System, life: Life) -> str:
     seen = []
-    for what in ("fast", "kill -9"):
-        if what == "fast":
-            await system.postgres.terminate()
-        else:
-            system.postgres.kill()
-        await system.postgres.wait_until_ready()
-        seconds = await seconds_to_health(system, 60)
-        assert seconds <= HEALTHY_SECONDS_MAX, f"healthy {seconds:.1f} s after it was back ({what})"
-        seen.append(f"{what}: healthy {seconds:.1f} s after its return")
+    for how, words in ((STOPPED, "fast"), (KILLED, "kill -9")):
+        async with shown(system, POSTGRES_AWAY):
+            async with away(system.postgres, how):
+                await asyncio.sleep(POSTGRES_AWAY_SECONDS)
+            await system.postgres.wait_until_ready()
+            seconds = await seconds_to_health(system, 60)
+        assert seconds <= HEALTHY_SECONDS_MAX, f"healthy {seconds:.1f} s after it was back ({words})"
+        seen.append(f"{words}: healthy {seconds:.1f} s after its return")
         await next_slots(2)
     refused = len(life.readers.refused)
     return f"{'; '.join(seen)}; {refused} refused with 503"
@@ -45,7 +87,7 @@ async def _postgres_restarts(system: System, life: Life) -> str:
 
 async def _postgres_frozen(system: System, life: Life) -> str:
     gateways = system.services["api_gateway"]
-    before = await checker.usage(system)
+    before = await usage_of_all(system)
     async with frozen(system.postgres), _crowd(life):
         until = time.monotonic() + FROZEN_SECONDS
         refused = len(life.readers.refused)
@@ -58,12 +100,11 @@ async def _postgres_frozen(system: System, life: Life) -> str:
             status, _ = await gateway.ask("healthz")
             assert status == 200, f"{gateway.name} is not live"
         await asyncio.sleep(until - time.monotonic())
-        during = await checker.usage(system)
+        during = await usage_of_all(system)
         refused = len(life.readers.refused) - refused
     seconds = await seconds_to_health(system, 60)
     assert seconds <= HEALTHY_SECONDS_MAX, f"healthy {seconds:.1f} s after it went on"
-    slowest = life.readers.slowest_seconds
-    assert slowest <= DEADLINE_SECONDS + LATE_SECONDS_MAX, f"an answer after {slowest:.1f} s"
+    slowest = seconds_of_slowest(life)
     assert refused >= len(gateways) * REFUSED_MIN, f"only {refused} refused: that is no crowd"
     for service in system.all_services:
         connected = CROWD if service in gateways else 0
@@ -107,27 +148,29 @@ async def _backends_terminated(system: System, life: Life) -> str:
 
 async def _nats_away(system: System, life: Life) -> str:
     seen = []
-    for what in ("stopped", "killed", "frozen"):
-        before = await confirmed_at(system)
-        if what == "frozen":
-            async with frozen(system.nats):
-                await asyncio.sleep(5)
-        elif what == "killed":
-            system.nats.kill()
-        else:
-            await system.nats.terminate(signal.SIGTERM)
-        assert await confirmed_at(system) > before or what != "frozen", "prices were not written meanwhile"
-        await system.nats.wait_until_ready()
-        seconds = await seconds_to_health(system, 60)
-        assert seconds <= HEALTHY_SECONDS_MAX, f"healthy {seconds:.1f} s after it was {what}"
-        seen.append(f"{what}: healthy {seconds:.1f} s after its return")
+    for how in (STOPPED, KILLED, FROZEN):
+        async with shown(system, NATS_AWAY):
+            async with watched(system) as floor, away(system.nats, how):
+                await asyncio.sleep(NATS_AWAY_SECONDS)
+            await system.nats.wait_until_ready()
+            seconds = await seconds_to_health(system, 60)
+        oldest = floor.oldest_seconds
+        assert oldest <= CONFIRMED_SECONDS_MAX, f"a price of {oldest:.1f} s while NATS was {how}"
+        assert seconds <= HEALTHY_SECONDS_MAX, f"healthy {seconds:.1f} s after it was {how}"
+        seen.append(f"{how}: no price older than {oldest:.1f} s, healthy {seconds:.1f} s after its return")
         await next_slots(2)
     assert not life.readers.refused, f"reads were refused: {life.readers.refused[0]}"
     return f"{'; '.join(seen)}; no read refused"
 
 
 ROWS = (
-    Row(7, "PostgreSQL restarts", "fast shutdown, kill -9", _postgres_restarts, signs=(POSTGRES_AWAY,)),
+    Row(
+        7,
+        "PostgreSQL restarts",
+        f"fast shutdown, kill -9, back after {POSTGRES_AWAY_SECONDS:g} s",
+        _postgres_restarts,
+        signs=(POSTGRES_AWAY,),
+    ),
     Row(
         8,
         "PostgreSQL frozen",
@@ -142,5 +185,11 @@ ROWS = (
         _backends_terminated,
         signs=(Sign(metric="database_second_tries_total"),),
     ),
-    Row(10, "NATS restarts, is killed, is frozen", "signals", _nats_away, signs=(NATS_AWAY,)),
+    Row(
+        10,
+        "NATS restarts, is killed, is frozen",
+        f"SIGTERM, SIGKILL, SIGSTOP, each for {NATS_AWAY_SECONDS:g} s",
+        _nats_away,
+        signs=(NATS_AWAY,),
+    ),
 )

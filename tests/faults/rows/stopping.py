@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 from shared.lifecycle import STOP_GRACE_SECONDS
+from tests.faults import telemetry
 from tests.faults.balancer import Balancer
 from tests.faults.mix import Life
 from tests.faults.parts import Service, frozen
@@ -32,6 +33,8 @@ FIRST_SECONDS, LAST_SECONDS = 0.2, 4.0
 """Within which the signal comes, since the situation began; imports take most of it."""
 EXIT_SECONDS_MAX = STOP_GRACE_SECONDS
 BALANCED_READERS = 6
+ANSWERS_PER_SECOND_MIN = 10.0
+"""Of all readers together, while each process is restarted; they ask ten times as often on an idle machine."""
 SIGINT_CAUGHT = 0x2
 """In the mask of signals that a process catches: Python's interpreter catches SIGINT once it is about to run code."""
 
@@ -84,14 +87,15 @@ async def _stop(service: Service, seconds: float, situation: str) -> float:
     if situation == STARTING:
         await _start_anew(service)
     await asyncio.sleep(seconds)
-    said = service.log.stat().st_size
+    said = telemetry.log_size(service.log)
     began = time.monotonic()
     code = await service.terminate()
     took = time.monotonic() - began
     what = f"{service.name} ({situation}, after {seconds:.1f} s)"
     assert code == 0, f"{what} ended with {code} after {took:.1f} s"
     assert took <= EXIT_SECONDS_MAX, f"{what} took {took:.1f} s to end"
-    assert "Traceback" not in _log_since(service.log, said), f"{what} left a traceback in its log"
+    traces = telemetry.traces(service.log, said)
+    assert not traces, f"{what} left a traceback in its log: {traces[0][:500]}"
     return took
 
 
@@ -116,25 +120,25 @@ def _catches_sigint(pid: int) -> bool:
     return bool(int(caught.split()[1], 16) & SIGINT_CAUGHT)
 
 
-def _log_since(log: Path, size: int) -> str:
-    with log.open("rb") as file:
-        file.seek(size)
-        return file.read().decode(errors="replace")
-
-
 async def _rolling_restart(system: System, _: Life) -> str:
     """Restart every replica, one after the other, while a balancer reads through the gateways that are ready."""
     stop = asyncio.Event()
     balancer = Balancer(system)
-    stopped = []
+    stopped, rates = [], []
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(balancer.run(BALANCED_READERS, stop, SEED))
         try:
             await next_slots(2)
             for service in system.all_services:
+                began, answered = time.monotonic(), balancer.readers.counts["200"]
                 stopped.append(await _stop(service, 0.0, "rolling restart"))
                 await service.wait_until_ready()
                 await next_slots(1)
+                answered = balancer.readers.counts["200"] - answered
+                rates.append(answered / (time.monotonic() - began))
+                assert rates[-1] >= ANSWERS_PER_SECOND_MIN, (
+                    f"only {answered} answers while {service.name} was restarted"
+                )
         finally:
             stop.set()
     lost = balancer.lost()
@@ -142,7 +146,8 @@ async def _rolling_restart(system: System, _: Life) -> str:
     assert not balancer.readers.wrong, balancer.readers.wrong[0]
     return (
         f"{len(stopped)} processes restarted in turn, each gone after {max(stopped):.1f} s at most; "
-        f"{balancer.readers.counts['200']} requests answered, none lost, {balancer.retries} sent to another gateway"
+        f"{balancer.readers.counts['200']} requests answered, {min(rates):.0f} a second at least, none lost, "
+        f"{balancer.retries} sent to another gateway"
     )
 
 
