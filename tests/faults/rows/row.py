@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 
@@ -62,6 +63,15 @@ async def metric(service: Service, sample: str) -> float:
 async def total(services: list[Service], sample: str) -> float:
     """Return the sum of a sample over several services."""
     return sum([await metric(service, sample) for service in services])
+
+
+async def control(system: System, method: str, path: str, body: object = None) -> Any:
+    """Ask something of the market simulator, past what Alpaca has."""
+    async with system.http.request(
+        method, f"{system.market.health_url}/simulator/{path}", json=body
+    ) as answer:
+        assert answer.status < 300, await answer.text()
+        return await answer.json()
 
 
 async def seconds_until(probe: Callable[[], Awaitable[object]], seconds_max: float) -> float:
@@ -129,11 +139,14 @@ async def confirmed_at(system: System) -> datetime:
 
 
 async def seconds_to_prices(system: System, seconds_max: float) -> float:
-    """Wait until a price is confirmed that was not yet; return how long that takes."""
-    before = await confirmed_at(system)
+    """Wait until a price is confirmed as of a later time than now; return how long that takes.
+
+    A write that is under way already has an earlier time: it does not count.
+    """
+    since = system.now()
 
     async def is_confirmed() -> bool:
-        return await confirmed_at(system) > before
+        return await confirmed_at(system) > since
 
     seconds = await seconds_until(is_confirmed, 2 * seconds_max)
     assert seconds <= seconds_max, f"prices after {seconds:.1f} s"
