@@ -100,20 +100,34 @@ def tampered_when_armed(service: str, tampering: str) -> Callable[[Path], Option
     return options
 
 
-def arm(system: System) -> None:
-    """Let the fault strike from now on: those who look on do so already."""
-    (system.folder / ARMED).touch()
+def arm(system: System, whom: str = "") -> None:
+    """Let the fault strike from now on, with what concerns `whom`: those who look on do so already."""
+    (system.folder / ARMED).write_text(whom)
 
 
 async def armed_to_die(system: System, kind: str) -> Service:
     """Arm the tampering with a kind of service; return the replica that has killed itself, as soon as it has."""
-    services = system.services[kind]
-    before = {each.name: len(each.exit_codes) for each in services}
+    before = deaths(system, kind)
     arm(system)
+    return await died_since(system, kind, before)
+
+
+def deaths(system: System, kind: str) -> dict[str, int]:
+    """Return how many processes each replica of a service has been, and is no more."""
+    return {each.name: len(each.exit_codes) for each in system.services[kind]}
+
+
+async def died_since(system: System, kind: str, before: Mapping[str, int]) -> Service:
+    """Wait until a replica has died of SIGKILL that had died so often `before`; return it."""
 
     async def dead() -> Service | None:
         return next(
-            (each for each in services if -signal.SIGKILL in each.exit_codes[before[each.name] :]), None
+            (
+                each
+                for each in system.services[kind]
+                if -signal.SIGKILL in each.exit_codes[before[each.name] :]
+            ),
+            None,
         )
 
     found = await eventually(dead, timeout=STRUCK_SECONDS_MAX)
