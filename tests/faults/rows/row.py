@@ -1,6 +1,7 @@
 """What a row is, and what is common to looking for what it must show."""
 
 import asyncio
+import json
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -63,6 +64,17 @@ async def metric(service: Service, sample: str) -> float:
 async def total(services: list[Service], sample: str) -> float:
     """Return the sum of a sample over several services."""
     return sum([await metric(service, sample) for service in services])
+
+
+def said(service: Service, event: str, *, since: datetime) -> list[dict[str, Any]]:
+    """Return what a service has logged of an event since then; a line that is just being written comes later."""
+    with service.log.open("rb") as log:
+        lines = [json.loads(line) for line in log if line.startswith(b"{") and line.endswith(b"}\n")]
+    return [
+        line
+        for line in lines
+        if line["event"] == event and datetime.fromisoformat(line["timestamp"]) >= since
+    ]
 
 
 async def control(system: System, method: str, path: str, body: object = None) -> Any:

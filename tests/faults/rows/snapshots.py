@@ -5,7 +5,7 @@ import json
 import time
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import nats
 import psutil
@@ -16,16 +16,21 @@ from shared.clock import last_boundary, utc_now
 from shared.messages import SNAPSHOT_DUE
 from tests.faults.mix import Life
 from tests.faults.parts import Service
+from tests.faults.population import UNKNOWN_SYMBOL
 from tests.faults.rows.row import (
     STRUCK_SECONDS_MAX,
     Row,
     arm,
     armed_to_die,
+    deaths,
+    died_since,
     next_slots,
+    said,
     session,
     tampered_when_armed,
     total,
 )
+from tests.faults.rows.statements import Connection, Held, held
 from tests.faults.signs import GONE, Sign
 from tests.faults.system import LATE_SECONDS_MAX, SHARDS, SLOT, System
 from tests.waiting import eventually
@@ -33,13 +38,16 @@ from tests.waiting import eventually
 DUPLICATE = 'snapshot_shards_total{outcome="duplicate"}'
 SKIPPED = 'snapshot_shards_total{outcome="skipped"}'
 EARLY_SLOTS = 10
+BACKEND_ENDS_MS_MAX = 5000
 Shard = tuple[str, int]
 """A slot, and the number of a shard of it."""
 TAKEN = 'snapshot_shards_total{outcome="taken"}'
 REDELIVERED = (Sign(GONE, "bus_redeliveries_total", "snapshot_redelivered"),)
-_WRITING = """
-SELECT client_port FROM pg_stat_activity
-WHERE application_name = 'snapshotter' AND wait_event_type = 'Lock' AND query LIKE '%INSERT INTO portfolio_snapshots%'
+
+_ROWS = """
+SELECT
+    (SELECT count(*) FROM portfolio_snapshots WHERE timestamp = $1 AND user_id % $2 = $3) AS portfolios,
+    (SELECT count(*) FROM position_snapshots WHERE timestamp = $1 AND user_id % $2 = $3) AS positions
 """
 
 
@@ -55,42 +63,78 @@ async def _after_commit(system: System, _: Life) -> str:
 
     await eventually(is_redelivered, timeout=2 * ACK_WAIT_SECONDS)
     seconds = time.monotonic() - began
+    await next_slots(2)  # so that an operator sees it
     found = await total(snapshotters, DUPLICATE) - before
     return f"{died.name} died; redelivered {seconds:.1f} s later, {found:g} counted as duplicate"
 
 
-async def _holder_of_the_statement(system: System) -> Service:
-    """Return the snapshotter whose statement waits for a lock."""
-    async with session(system) as connection:
-
-        async def ports() -> list[int]:
-            return [row["client_port"] for row in await connection.fetch(_WRITING)]
-
-        waiting = await eventually(ports)
+def _whose(system: System, statement: Held) -> Service:
+    """Return the snapshotter whose statement it is."""
     for service in system.services["snapshotter"]:
-        local = {each.laddr.port for each in psutil.Process(service.pids()[0]).net_connections()}
-        if local.intersection(waiting):
+        connections = psutil.Process(service.pids()[0]).net_connections()
+        if statement.client_port in {each.laddr.port for each in connections}:
             return service
-    raise AssertionError("nobody's statement waits")
+    raise AssertionError("the statement is no snapshotter's")
+
+
+class Rows(NamedTuple):
+    """How many rows there are of a slot and shard."""
+
+    portfolios: int
+    positions: int
+
+
+async def _rows(connection: Connection, slot: datetime, shard: int) -> Rows:
+    row = await connection.fetchrow(_ROWS, slot, SHARDS, shard)
+    assert row is not None
+    return Rows(*row)
+
+
+def _all_rows(system: System, shard: int) -> Rows:
+    """Return how many rows a slot of a shard has when it is stored."""
+    users = [user for user in system.population.active if user.id % SHARDS == shard]
+    return Rows(len(users), sum(len(user.shares.keys() - {UNKNOWN_SYMBOL}) for user in users))
 
 
 async def _in_transaction(system: System, _: Life) -> str:
+    """One is killed when its statement has written a whole shard, and what PostgreSQL does for it is ended.
+
+    PostgreSQL would notice only after the commit that nobody listens any more.
+    """
     snapshotters = system.services["snapshotter"]
     async with session(system) as connection:
-        transaction = connection.transaction()
-        await transaction.start()
-        await connection.execute("LOCK TABLE portfolio_snapshots IN SHARE MODE")
-        victim = await _holder_of_the_statement(system)
-        victim.kill()
-        await transaction.rollback()
-    await victim.wait_until_ready()
-    before = await total(snapshotters, TAKEN)
+        async with held(connection) as statement:
+            victim, before = _whose(system, statement), deaths(system, "snapshotter")
+            killed_at = utc_now()
+            victim.kill()
+            await died_since(system, "snapshotter", before)
+            is_gone = await connection.fetchval(
+                "SELECT pg_terminate_backend($1, $2)", statement.pid, BACKEND_ENDS_MS_MAX
+            )
+            assert is_gone, "the statement goes on"
+            left = await _rows(connection, statement.slot, statement.shard)
+            assert left == (0, 0), f"of a transaction that was not committed there are {left}"
+        shard = statement.slot.isoformat(), statement.shard
 
-    async def goes_on() -> bool:
-        return await total(snapshotters, TAKEN) > before
+        async def other() -> Service | None:
+            """Return who was given the shard, and has stored it."""
+            for service in snapshotters:
+                redelivered = _said(service, "snapshot_redelivered", since=killed_at)
+                if shard in redelivered.keys() & _stored_by(service, since=killed_at):
+                    return service
+            return None
 
-    await eventually(goes_on)
-    return f"{victim.name} killed inside its statement; shards are taken again"
+        taken_by = await eventually(other, timeout=2 * ACK_WAIT_SECONDS, every=0.2)
+        assert taken_by is not None
+        seconds = (utc_now() - killed_at).total_seconds()
+        stored = await _rows(connection, statement.slot, statement.shard)
+        expected = _all_rows(system, statement.shard)
+        assert stored == expected, f"{stored} were stored of the shard, and not {expected}"
+    await next_slots(2)  # so that an operator sees it
+    return (
+        f"{victim.name} killed when a shard was written, nothing of it was left; given to {taken_by.name} and "
+        f"stored {seconds:.1f} s later, {stored.portfolios} portfolios with {stored.positions} positions"
+    )
 
 
 async def _asleep(services: list[Service]) -> Service | None:
@@ -103,15 +147,10 @@ async def _asleep(services: list[Service]) -> Service | None:
 
 def _said(service: Service, event: str, *, since: datetime) -> dict[Shard, dict[str, Any]]:
     """Return what a service has logged of an event since then, the last line of each shard."""
-    lines = (json.loads(line) for line in service.log.read_text().splitlines() if line.startswith("{"))
-    return {
-        (line["scheduled_at"], line["shard"]): line
-        for line in lines
-        if line["event"] == event and datetime.fromisoformat(line["timestamp"]) >= since
-    }
+    return {(line["scheduled_at"], line["shard"]): line for line in said(service, event, since=since)}
 
 
-def _stored(service: Service, *, since: datetime) -> set[Shard]:
+def _stored_by(service: Service, *, since: datetime) -> set[Shard]:
     """Return whose snapshots a service has stored since then, as the first to do so."""
     return {shard for shard, line in _said(service, "snapshots_taken", since=since).items() if line["added"]}
 
@@ -128,7 +167,7 @@ async def _paused(system: System, _: Life) -> str:
 
     async def is_taken_over() -> bool:
         redelivered = _said(other, "snapshot_redelivered", since=slept_at)
-        return bool(_stored(other, since=slept_at) & redelivered.keys())
+        return bool(_stored_by(other, since=slept_at) & redelivered.keys())
 
     await eventually(is_taken_over, timeout=2 * ACK_WAIT_SECONDS, every=0.2)
     await next_slots(2)  # it may have had another one besides, which comes a moment later
@@ -141,7 +180,7 @@ async def _paused(system: System, _: Life) -> str:
         tried = _said(asleep, "snapshots_taken", since=woke_at)
         return {
             shard
-            for shard in tried.keys() & _stored(other, since=slept_at)
+            for shard in tried.keys() & _stored_by(other, since=slept_at)
             if not tried[shard]["again"] and not tried[shard]["added"]
         }
 
@@ -250,7 +289,13 @@ ROWS = (
         tampered_when_armed("snapshotter", "die_before_acknowledging"),
         signs=REDELIVERED,
     ),
-    Row(2, "snapshotter dies inside the transaction", "SIGKILL", _in_transaction, signs=REDELIVERED),
+    Row(
+        2,
+        "snapshotter dies inside the transaction",
+        "SIGKILL between the last row and the commit, then pg_terminate_backend: else it would be committed, as in 1",
+        _in_transaction,
+        signs=REDELIVERED,
+    ),
     Row(
         3,
         "snapshotter paused longer than the ack wait",
