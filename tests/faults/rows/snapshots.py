@@ -3,17 +3,21 @@
 import asyncio
 import json
 import time
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, NamedTuple
 
 import nats
 import psutil
+from nats.js import JetStreamContext
 
 from services.snapshotter import timer
 from services.snapshotter.snapshots import ACK_WAIT_SECONDS
 from shared.clock import last_boundary, utc_now
-from shared.messages import SNAPSHOT_DUE
+from shared.messages import SNAPSHOT_DUE, TIMER
 from tests.faults.mix import Life
 from tests.faults.parts import Service
 from tests.faults.population import UNKNOWN_SYMBOL
@@ -37,7 +41,9 @@ from tests.waiting import eventually
 
 DUPLICATE = 'snapshot_shards_total{outcome="duplicate"}'
 SKIPPED = 'snapshot_shards_total{outcome="skipped"}'
+COPIED_SLOTS = 3
 EARLY_SLOTS = 10
+JUST_BEFORE_SECONDS = 0.2
 BACKEND_ENDS_MS_MAX = 5000
 Shard = tuple[str, int]
 """A slot, and the number of a shard of it."""
@@ -198,43 +204,114 @@ async def _is_more(service: Service, before: float) -> bool:
 
 async def _by_hand(system: System, life: Life) -> str:
     snapshotters = system.services["snapshotter"]
+    await next_slots(COPIED_SLOTS + 2)
+    now, began_at = last_boundary(utc_now(), SLOT), utc_now()
+    copied = [now - number * SLOT for number in range(1, COPIED_SLOTS + 1)]
+    assert copied[-1] >= life.first, "a slot that may never have been"
     skipped, duplicate = await total(snapshotters, SKIPPED), await total(snapshotters, DUPLICATE)
-    now = last_boundary(utc_now(), SLOT)
-    too_late = now - timedelta(seconds=LATE_SECONDS_MAX + 60)
-    future = now + timedelta(days=1)
-    early = now + EARLY_SLOTS * SLOT
-    doubled = [max(now - number * SLOT, life.first) for number in range(3)]
-    client = await nats.connect(system.nats_urls)
-    try:
-        for slot in (*doubled, *reversed(doubled), too_late, future, early):
-            due = {"scheduled_at": slot.isoformat(), "shard": 0, "shards": 1}
-            await client.jetstream().publish(SNAPSHOT_DUE, json.dumps(due).encode())
-        # The timers' own messages for this slot will be dropped as copies of these.
-        for shard in range(SHARDS):
-            own = timer.due(early, shard, SHARDS)
-            await client.jetstream().publish(
-                own.subject, own.payload, headers={"Nats-Msg-Id": own.message_id or ""}
-            )
-    finally:
-        await client.close()
+    too_late, future = now - timedelta(seconds=LATE_SECONDS_MAX + 60), now + timedelta(days=1)
+    early = [now + (EARLY_SLOTS + number) * SLOT for number in (1, 0)]
+    async with session(system) as connection, _jetstream(system) as js:
+        for slot in copied:
+            await eventually(partial(_is_whole, system, connection, slot))
+        copies = [*copied, *reversed(copied)]
+        for slot in (*copies, too_late, future, *early):
+            await js.publish(SNAPSHOT_DUE, _whole_slot(slot))
+        # The timers' own messages for these slots will be dropped as copies of these.
+        own = [await _publish_own(js, slot, shard) for slot in early for shard in range(SHARDS)]
 
-    async def are_counted() -> bool:
-        return (
-            await total(snapshotters, SKIPPED) - skipped >= 2
-            and await total(snapshotters, DUPLICATE) - duplicate >= 1
-        )
+        async def are_counted() -> bool:
+            return await total(snapshotters, SKIPPED) - skipped >= 2 and await total(
+                snapshotters, DUPLICATE
+            ) - duplicate >= len(copies)
 
-    await eventually(are_counted)
-    async with session(system) as connection:
+        await eventually(are_counted, timeout=STRUCK_SECONDS_MAX)
+        added = _whole_slots_added(snapshotters, since=began_at)
+        for slot in copied:
+            assert len(added[slot]) >= 2, f"{len(added[slot])} of the 2 copies of {slot} were tried"
+            assert not any(added[slot]), f"copies of {slot} added {added[slot]}"
         stored = await connection.fetchval(
             "SELECT count(*) FROM portfolio_snapshots WHERE timestamp IN ($1, $2)", too_late, future
         )
-    assert stored == 0, f"{stored} snapshots of a slot that is too late or yet to come"
-    await next_slots(EARLY_SLOTS + 1)  # then the checker counts what was early
+        assert stored == 0, f"{stored} snapshots of a slot that is too late or yet to come"
+        seconds = await _seconds_after_due(system, connection, early)
+        await eventually(partial(_timers_are_past, js, early[0]))
+        kept = await _own_messages(js, early, since=own[0])
+        assert kept == own, f"the stream has {kept} of the early slots, though ours were {own}"
     return (
-        f"{await total(snapshotters, SKIPPED) - skipped:g} skipped, "
-        f"{await total(snapshotters, DUPLICATE) - duplicate:g} counted as duplicate"
+        f"{await total(snapshotters, SKIPPED) - skipped:g} skipped; {len(copies)} copies of {len(copied)} slots, out "
+        f"of order, added nothing and were counted as duplicates; {len(early)} early slots taken {seconds:.1f} s after "
+        f"they were due at most, the timers' own messages for them dropped"
     )
+
+
+@asynccontextmanager
+async def _jetstream(system: System) -> AsyncIterator[JetStreamContext]:
+    client = await nats.connect(system.nats_urls)
+    try:
+        yield client.jetstream()
+    finally:
+        await client.close()
+
+
+def _whole_slot(slot: datetime) -> bytes:
+    """Return a message of nobody's making: all users in one shard."""
+    return json.dumps({"scheduled_at": slot.isoformat(), "shard": 0, "shards": 1}).encode()
+
+
+async def _publish_own(js: JetStreamContext, slot: datetime, shard: int) -> int:
+    """Publish what the timers will publish when the slot is due; return its number in the stream."""
+    own = timer.due(slot, shard, SHARDS)
+    assert own.message_id is not None
+    stored = await js.publish(own.subject, own.payload, headers={"Nats-Msg-Id": own.message_id})
+    assert not stored.duplicate, f"the timers were earlier with {own.message_id}"
+    return stored.seq
+
+
+async def _is_whole(system: System, connection: Connection, slot: datetime) -> bool:
+    """Tell whether all that is due of a slot is stored."""
+    return all([await _rows(connection, slot, shard) == _all_rows(system, shard) for shard in range(SHARDS)])
+
+
+def _whole_slots_added(services: list[Service], *, since: datetime) -> dict[datetime, list[int]]:
+    """Return what each message of `_whole_slot` added that was tried since then, by its slot."""
+    added: dict[datetime, list[int]] = defaultdict(list)
+    for service in services:
+        for line in said(service, "snapshots_taken", since=since):
+            if line["shards"] == 1:
+                added[datetime.fromisoformat(line["scheduled_at"])].append(line["added"])
+    return added
+
+
+async def _seconds_after_due(system: System, connection: Connection, slots: list[datetime]) -> float:
+    """Wait until slots are stored, none of them before it is due; return how long after that the slowest is."""
+    seconds = []
+    for slot in sorted(slots):
+        await asyncio.sleep((slot - utc_now()).total_seconds() - JUST_BEFORE_SECONDS)
+        early = await connection.fetchval(
+            "SELECT count(*) FROM portfolio_snapshots WHERE timestamp = $1 AND clock_timestamp() < $1", slot
+        )
+        assert early == 0, f"{early} snapshots of {slot} before it is due"
+        await eventually(partial(_is_whole, system, connection, slot), timeout=STRUCK_SECONDS_MAX)
+        seconds.append((utc_now() - slot).total_seconds())
+    return max(seconds)
+
+
+async def _timers_are_past(js: JetStreamContext, slot: datetime) -> bool:
+    """Tell whether the timers have announced a slot after this one."""
+    newest = await js.get_last_msg(TIMER.name, SNAPSHOT_DUE)
+    return datetime.fromisoformat(json.loads(newest.data or b"")["scheduled_at"]) > slot
+
+
+async def _own_messages(js: JetStreamContext, slots: list[datetime], *, since: int) -> list[int]:
+    """Return the numbers of the messages that the stream has since then of these slots, as the timers make them."""
+    last = (await js.stream_info(TIMER.name)).state.last_seq
+    found = []
+    for number in range(since, last + 1):
+        due = json.loads((await js.get_msg(TIMER.name, number)).data or b"")
+        if datetime.fromisoformat(due["scheduled_at"]) in slots and due["shards"] == SHARDS:
+            found.append(number)
+    return found
 
 
 async def _data(system: System, _: Life) -> str:
@@ -307,7 +384,7 @@ ROWS = (
     Row(
         5,
         "doubled, late, out-of-order timer messages",
-        "published by hand",
+        "published by hand, of three slots that are stored and two that are to come",
         _by_hand,
         signs=(
             Sign("snapshots", SKIPPED, "snapshot_skipped"),
