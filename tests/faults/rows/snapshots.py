@@ -16,11 +16,11 @@ from nats.js import JetStreamContext
 
 from services.snapshotter import timer
 from services.snapshotter.snapshots import ACK_WAIT_SECONDS
-from shared.clock import last_boundary, utc_now
+from shared.clock import last_boundary, next_boundary, utc_now
 from shared.messages import SNAPSHOT_DUE, TIMER
 from tests.faults.mix import Life
 from tests.faults.parts import Service
-from tests.faults.population import UNKNOWN_SYMBOL
+from tests.faults.population import SYMBOLS, UNKNOWN_SYMBOL
 from tests.faults.rows.row import (
     STRUCK_SECONDS_MAX,
     Row,
@@ -45,9 +45,16 @@ COPIED_SLOTS = 3
 EARLY_SLOTS = 10
 JUST_BEFORE_SECONDS = 0.2
 BACKEND_ENDS_MS_MAX = 5000
+OTHERS = "OTHER-"
+"""What the names of users and symbols begin with that are not of the population."""
+LEAVING = 12
+MEETINGS = 3
+RICH_POSITIONS = 10_000
+RICH_SLOTS = 5
+RICH_SECONDS_MAX = 5.0
+"""How long after a slot is due its 10,000 positions are stored; alone, they take 0.2 s."""
 Shard = tuple[str, int]
 """A slot, and the number of a shard of it."""
-TAKEN = 'snapshot_shards_total{outcome="taken"}'
 REDELIVERED = (Sign(GONE, "bus_redeliveries_total", "snapshot_redelivered"),)
 
 _ROWS = """
@@ -55,6 +62,48 @@ SELECT
     (SELECT count(*) FROM portfolio_snapshots WHERE timestamp = $1 AND user_id % $2 = $3) AS portfolios,
     (SELECT count(*) FROM position_snapshots WHERE timestamp = $1 AND user_id % $2 = $3) AS positions
 """
+# The market knows nothing of these symbols, so that no feeder touches their prices.
+_INSERT_PRICES = """
+INSERT INTO asset_prices (symbol, price, traded_at, received_at, updated_at, feed)
+SELECT $1 || number, 1, now(), now(), now(), 'simulated'
+FROM generate_series(1, $2::integer) AS number
+"""
+_INSERT_POSITIONS = """
+INSERT INTO positions (user_id, ticker, shares, cost_basis)
+SELECT $1::integer, $2 || number, 1, 1 FROM generate_series(1, $3::integer) AS number
+UNION ALL
+SELECT $1, $4, 1, 1
+"""
+_RICH = """
+SELECT
+    timestamp,
+    (
+        SELECT count(*)
+        FROM position_snapshots AS detail
+        WHERE detail.user_id = parent.user_id AND detail.timestamp = parent.timestamp AND current_value = 1
+    ) AS positions,
+    unpriced_positions,
+    investment_value
+FROM portfolio_snapshots AS parent
+WHERE user_id = $1 AND timestamp = ANY ($2)
+"""
+_OF_USERS = """
+SELECT (SELECT count(*) FROM portfolio_snapshots WHERE user_id = ANY ($1))
+    + (SELECT count(*) FROM position_snapshots WHERE user_id = ANY ($1))
+"""
+_ORPHANS = """
+SELECT count(*)
+FROM position_snapshots AS detail
+WHERE NOT EXISTS (
+    SELECT FROM portfolio_snapshots AS parent
+    WHERE parent.user_id = detail.user_id AND parent.timestamp = detail.timestamp
+)
+"""
+_REMOVE = (
+    "DELETE FROM users WHERE starts_with(subject, $1)",
+    "DELETE FROM asset_prices WHERE starts_with(symbol, $1)",
+    "DELETE FROM audited_prices WHERE starts_with(symbol, $1)",
+)
 
 
 async def _after_commit(system: System, _: Life) -> str:
@@ -316,45 +365,119 @@ async def _own_messages(js: JetStreamContext, slots: list[datetime], *, since: i
 
 async def _data(system: System, _: Life) -> str:
     """Users are deleted while snapshots are taken, and one has ten thousand positions."""
-    snapshotters = system.services["snapshotter"]
     async with session(system) as connection:
-        leaving = [
-            await connection.fetchval(
-                "INSERT INTO users (subject) VALUES ($1) RETURNING id", f"leaving{number}"
+        try:
+            leaving = [await _insert_user(connection, f"leaving{number}") for number in range(LEAVING)]
+            for user in leaving:
+                await connection.execute(
+                    "INSERT INTO positions (user_id, ticker, shares, cost_basis) VALUES ($1, $2, 1, 1)",
+                    user,
+                    SYMBOLS[0],
+                )
+            rich = await _insert_rich(connection)
+            await next_slots(2)
+            await _delete(system, connection, list(leaving))
+            seconds = await _seconds_of_rich(system, connection, rich)
+            left = await connection.fetchval(_OF_USERS, leaving)
+            assert left == 0, f"{left} rows of users who were deleted"
+            orphans = await connection.fetchval(_ORPHANS)
+            assert orphans == 0, f"{orphans} orphans"
+        finally:  # nobody else is to be counted at the end
+            for statement in _REMOVE:
+                await connection.execute(statement, OTHERS)
+    return (
+        f"{LEAVING} users deleted, {MEETINGS} while their snapshots were written, {MEETINGS} before, and nothing of "
+        f"them is left; {RICH_SLOTS} slots with {RICH_POSITIONS} positions and one without a price stored "
+        f"{seconds:.1f} s after they were due at most"
+    )
+
+
+async def _insert_user(connection: Connection, subject: str) -> int:
+    user: int = await connection.fetchval(
+        "INSERT INTO users (subject, cash_balance) VALUES ($1, 100) RETURNING id", OTHERS + subject
+    )
+    return user
+
+
+async def _insert_rich(connection: Connection) -> int:
+    """Insert a user of many positions of a dollar each, and one that has no price."""
+    async with connection.transaction():
+        rich = await _insert_user(connection, "rich")
+        await connection.execute(_INSERT_PRICES, OTHERS, RICH_POSITIONS)
+        await connection.execute(_INSERT_POSITIONS, rich, OTHERS, RICH_POSITIONS, UNKNOWN_SYMBOL)
+    return rich
+
+
+async def _delete(system: System, connection: Connection, staying: list[int]) -> None:
+    """Delete users, some of them just when their snapshots are written."""
+    for _ in range(MEETINGS):
+        await _deletion_meets_statement(system, connection, staying)
+        await _statement_meets_deletion(system, connection, staying)
+    for user in staying:
+        await connection.execute("DELETE FROM users WHERE id = $1", user)
+
+
+async def _deletion_meets_statement(system: System, connection: Connection, staying: list[int]) -> None:
+    """Delete a user whose snapshot is written and not committed: the deletion waits, and then takes that away too."""
+    async with session(system) as other, asyncio.TaskGroup() as tasks, held(connection) as statement:
+        user = next(user for user in staying if user % SHARDS == statement.shard)
+        staying.remove(user)
+        tasks.create_task(other.execute("DELETE FROM users WHERE id = $1", user))
+
+        async def waits() -> bool:
+            blocking: list[int] = await connection.fetchval(
+                "SELECT pg_blocking_pids($1)", other.get_server_pid()
             )
-            for number in range(20)
-        ]
-        for user in leaving:
-            await asyncio.sleep(0.1)
-            await connection.execute("DELETE FROM users WHERE id = $1", user)
-        rich = await connection.fetchval("INSERT INTO users (subject) VALUES ('rich') RETURNING id")
-        await connection.execute(
-            "INSERT INTO positions (user_id, ticker, shares, cost_basis) "
-            "SELECT $1, 'S' || number, 1, 1 FROM generate_series(1, 10000) AS number",
-            rich,
-        )
-        before = await total(snapshotters, TAKEN)
-        await next_slots(3)
+            return statement.pid in blocking
 
-        async def goes_on() -> bool:
-            return await total(snapshotters, TAKEN) >= before + 4
+        await eventually(waits)
 
-        await eventually(goes_on)
-        unpriced = await connection.fetchval(
-            "SELECT max(unpriced_positions) FROM portfolio_snapshots WHERE user_id = $1", rich
-        )
-        assert unpriced == 10_000, f"{unpriced} positions without a price"
-        orphans = await connection.fetchval(
-            "SELECT count(*) FROM position_snapshots AS detail WHERE NOT EXISTS "
-            "(SELECT FROM portfolio_snapshots AS parent "
-            "WHERE parent.user_id = detail.user_id AND parent.timestamp = detail.timestamp)"
-        )
-        assert orphans == 0, f"{orphans} orphans"
-        # Nobody else is to be counted at the end.
-        await connection.execute("DELETE FROM users WHERE id = $1", rich)
-        await connection.execute("DELETE FROM portfolio_snapshots WHERE user_id = ANY($1)", [rich, *leaving])
-        await connection.execute("DELETE FROM position_snapshots WHERE user_id = ANY($1)", [rich, *leaving])
-    return "20 users deleted meanwhile, a portfolio of 10,000 positions taken, no orphan"
+
+async def _statement_meets_deletion(system: System, connection: Connection, staying: list[int]) -> None:
+    """Delete a user, and commit only after a slot: the statement does not wait, and leaves him out."""
+    user = staying.pop()
+    async with session(system) as other, other.transaction():
+        await other.execute("DELETE FROM users WHERE id = $1", user)
+        slot = next_boundary(utc_now(), SLOT)
+        whole = partial(_is_whole_but, system, connection, slot, user)
+        await eventually(whole, timeout=STRUCK_SECONDS_MAX)
+
+
+async def _is_whole_but(system: System, connection: Connection, slot: datetime, user: int) -> bool:
+    """Tell whether a slot is stored for all of the population and not for this user."""
+    people = [each.id for each in system.population.active]
+    stored = await connection.fetch(
+        "SELECT user_id FROM portfolio_snapshots WHERE timestamp = $1 AND user_id = ANY ($2)",
+        slot,
+        [*people, user],
+    )
+    return {row["user_id"] for row in stored} == set(people)
+
+
+async def _seconds_of_rich(system: System, connection: Connection, rich: int) -> float:
+    """See that slots have all that the rich user holds; return how long after it was due the slowest was stored."""
+    since = utc_now()
+    slots = [next_boundary(since, SLOT) + number * SLOT for number in range(RICH_SLOTS)]
+    snapshotters = system.services["snapshotter"]
+
+    async def stored() -> dict[datetime, datetime] | None:
+        """Return when each of the slots was stored."""
+        at = {
+            datetime.fromisoformat(slot): datetime.fromisoformat(line["timestamp"])
+            for service in snapshotters
+            for (slot, shard), line in _said(service, "snapshots_taken", since=since).items()
+            if shard == rich % SHARDS
+        }
+        return {slot: at[slot] for slot in slots} if at.keys() >= set(slots) else None
+
+    at = await eventually(stored, timeout=RICH_SLOTS + STRUCK_SECONDS_MAX, every=0.2)
+    assert at is not None
+    found = {row["timestamp"]: tuple(row)[1:] for row in await connection.fetch(_RICH, rich, slots)}
+    expected = dict.fromkeys(slots, (RICH_POSITIONS, 1, RICH_POSITIONS))
+    assert found == expected, f"positions, unpriced and value are {found}"
+    seconds = max((at[slot] - slot).total_seconds() for slot in slots)
+    assert seconds <= RICH_SECONDS_MAX, f"stored {seconds:.1f} s after the slot was due"
+    return seconds
 
 
 ROWS = (
@@ -394,7 +517,7 @@ ROWS = (
     Row(
         23,
         "data: unpriced, empty, deleted during a snapshot, 10,000 positions",
-        "SQL",
+        "SQL, some while a statement is held between its last row and its commit",
         _data,
     ),
 )
