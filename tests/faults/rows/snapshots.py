@@ -99,8 +99,12 @@ WHERE NOT EXISTS (
     WHERE parent.user_id = detail.user_id AND parent.timestamp = detail.timestamp
 )
 """
-_REMOVE = (
-    "DELETE FROM users WHERE starts_with(subject, $1)",
+_REMOVE_USERS = (
+    "DELETE FROM users WHERE id = ANY ($1)",
+    "DELETE FROM portfolio_snapshots WHERE user_id = ANY ($1)",
+    "DELETE FROM position_snapshots WHERE user_id = ANY ($1)",
+)
+_REMOVE_PRICES = (
     "DELETE FROM asset_prices WHERE starts_with(symbol, $1)",
     "DELETE FROM audited_prices WHERE starts_with(symbol, $1)",
 )
@@ -365,31 +369,39 @@ async def _own_messages(js: JetStreamContext, slots: list[datetime], *, since: i
 
 async def _data(system: System, _: Life) -> str:
     """Users are deleted while snapshots are taken, and one has ten thousand positions."""
-    async with session(system) as connection:
-        try:
-            leaving = [await _insert_user(connection, f"leaving{number}") for number in range(LEAVING)]
-            for user in leaving:
-                await connection.execute(
-                    "INSERT INTO positions (user_id, ticker, shares, cost_basis) VALUES ($1, $2, 1, 1)",
-                    user,
-                    SYMBOLS[0],
-                )
-            rich = await _insert_rich(connection)
-            await next_slots(2)
-            await _delete(system, connection, list(leaving))
-            seconds = await _seconds_of_rich(system, connection, rich)
-            left = await connection.fetchval(_OF_USERS, leaving)
-            assert left == 0, f"{left} rows of users who were deleted"
-            orphans = await connection.fetchval(_ORPHANS)
-            assert orphans == 0, f"{orphans} orphans"
-        finally:  # nobody else is to be counted at the end
-            for statement in _REMOVE:
-                await connection.execute(statement, OTHERS)
+    async with session(system) as connection, _others(connection) as (leaving, rich):
+        await next_slots(2)
+        await _delete(system, connection, list(leaving))
+        seconds = await _seconds_of_rich(system, connection, rich)
+        left = await connection.fetchval(_OF_USERS, leaving)
+        assert left == 0, f"{left} rows of users who were deleted"
+        orphans = await connection.fetchval(_ORPHANS)
+        assert orphans == 0, f"{orphans} orphans"
     return (
         f"{LEAVING} users deleted, {MEETINGS} while their snapshots were written, {MEETINGS} before, and nothing of "
         f"them is left; {RICH_SLOTS} slots with {RICH_POSITIONS} positions and one without a price stored "
         f"{seconds:.1f} s after they were due at most"
     )
+
+
+@asynccontextmanager
+async def _others(connection: Connection) -> AsyncIterator[tuple[list[int], int]]:
+    """Insert users who will leave, and a rich one; nothing of them is left to be counted when the block has ended."""
+    async with connection.transaction():
+        leaving = [await _insert_user(connection, f"leaving{number}") for number in range(LEAVING)]
+        await connection.execute(
+            "INSERT INTO positions (user_id, ticker, shares, cost_basis) SELECT unnest($1::integer[]), $2, 1, 1",
+            leaving,
+            SYMBOLS[0],
+        )
+        rich = await _insert_rich(connection)
+    try:
+        yield leaving, rich
+    finally:
+        for statement in _REMOVE_USERS:
+            await connection.execute(statement, [*leaving, rich])
+        for statement in _REMOVE_PRICES:
+            await connection.execute(statement, OTHERS)
 
 
 async def _insert_user(connection: Connection, subject: str) -> int:
@@ -401,10 +413,9 @@ async def _insert_user(connection: Connection, subject: str) -> int:
 
 async def _insert_rich(connection: Connection) -> int:
     """Insert a user of many positions of a dollar each, and one that has no price."""
-    async with connection.transaction():
-        rich = await _insert_user(connection, "rich")
-        await connection.execute(_INSERT_PRICES, OTHERS, RICH_POSITIONS)
-        await connection.execute(_INSERT_POSITIONS, rich, OTHERS, RICH_POSITIONS, UNKNOWN_SYMBOL)
+    rich = await _insert_user(connection, "rich")
+    await connection.execute(_INSERT_PRICES, OTHERS, RICH_POSITIONS)
+    await connection.execute(_INSERT_POSITIONS, rich, OTHERS, RICH_POSITIONS, UNKNOWN_SYMBOL)
     return rich
 
 
@@ -422,15 +433,15 @@ async def _deletion_meets_statement(system: System, connection: Connection, stay
     async with session(system) as other, asyncio.TaskGroup() as tasks, held(connection) as statement:
         user = next(user for user in staying if user % SHARDS == statement.shard)
         staying.remove(user)
-        tasks.create_task(other.execute("DELETE FROM users WHERE id = $1", user))
+        deleting = tasks.create_task(other.execute("DELETE FROM users WHERE id = $1", user))
 
-        async def waits() -> bool:
-            blocking: list[int] = await connection.fetchval(
-                "SELECT pg_blocking_pids($1)", other.get_server_pid()
-            )
-            return statement.pid in blocking
+        async def waits_or_has_ended() -> bool:
+            blocking = await connection.fetchval("SELECT pg_blocking_pids($1)", other.get_server_pid())
+            return deleting.done() or statement.pid in blocking
 
-        await eventually(waits)
+        await eventually(waits_or_has_ended)
+        waits = not deleting.done()
+    assert waits, "a user was deleted while a snapshot of his was written"
 
 
 async def _statement_meets_deletion(system: System, connection: Connection, staying: list[int]) -> None:
