@@ -2,7 +2,7 @@
 
 Some break a promise, so that the checker can show that it notices. Others die, or fall asleep, at one very point where
 a signal from outside would hardly ever hit: as soon as there is the file that TAMPERED_WHEN names. Who comes to that
-point first takes the file away, so it befalls one of all replicas, once.
+point first takes the file away, so it befalls one of all replicas, once. What is in the file may say more.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -83,10 +83,15 @@ def die_before_acknowledging() -> None:
 
 
 def die_before_publishing() -> None:
-    """Die when prices are committed and their ticks not published yet."""
+    """Die when prices are committed and their ticks not published yet, the symbol's in the file among them."""
     from services.price_feeder.outbox import Outbox
 
-    Outbox._publish_ticks = _struck_before(Outbox._publish_ticks, signal.SIGKILL)  # type: ignore[method-assign]
+    def is_among(_: Outbox, symbols: Sequence[str]) -> bool:
+        return _in_the_file() in symbols
+
+    Outbox._publish_ticks = _struck_before(  # type: ignore[method-assign]
+        Outbox._publish_ticks, signal.SIGKILL, when=is_among
+    )
 
 
 def sleep_before_storing() -> None:
@@ -96,13 +101,23 @@ def sleep_before_storing() -> None:
     queries.take_snapshots = _struck_before(queries.take_snapshots, signal.SIGSTOP)
 
 
-def _struck_before(function: Any, number: signal.Signals) -> Any:
+def _struck_before(
+    function: Any, number: signal.Signals, *, when: Callable[..., bool] = lambda *_, **__: True
+) -> Any:
     async def struck(*args: Any, **options: Any) -> Any:
-        if _is_first():
+        if when(*args, **options) and _is_first():
             os.kill(os.getpid(), number)
         return await function(*args, **options)
 
     return struck
+
+
+def _in_the_file() -> str | None:
+    """Return what the file says; None without one."""
+    try:
+        return Path(os.environ[WHEN]).read_text()
+    except FileNotFoundError:
+        return None
 
 
 def _is_first() -> bool:

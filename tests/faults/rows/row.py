@@ -1,6 +1,7 @@
 """What a row is, and what is common to looking for what it must show."""
 
 import asyncio
+import json
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 
@@ -64,6 +66,26 @@ async def total(services: list[Service], sample: str) -> float:
     return sum([await metric(service, sample) for service in services])
 
 
+def said(service: Service, event: str, *, since: datetime) -> list[dict[str, Any]]:
+    """Return what a service has logged of an event since then; a line that is just being written comes later."""
+    with service.log.open("rb") as log:
+        lines = [json.loads(line) for line in log if line.startswith(b"{") and line.endswith(b"}\n")]
+    return [
+        line
+        for line in lines
+        if line["event"] == event and datetime.fromisoformat(line["timestamp"]) >= since
+    ]
+
+
+async def control(system: System, method: str, path: str, body: object = None) -> Any:
+    """Ask something of the market simulator, past what Alpaca has."""
+    async with system.http.request(
+        method, f"{system.market.health_url}/simulator/{path}", json=body
+    ) as answer:
+        assert answer.status < 300, await answer.text()
+        return await answer.json()
+
+
 async def seconds_until(probe: Callable[[], Awaitable[object]], seconds_max: float) -> float:
     """Wait until `probe` returns something true; return how many seconds that took."""
     began = time.monotonic()
@@ -90,20 +112,34 @@ def tampered_when_armed(service: str, tampering: str) -> Callable[[Path], Option
     return options
 
 
-def arm(system: System) -> None:
-    """Let the fault strike from now on: those who look on do so already."""
-    (system.folder / ARMED).touch()
+def arm(system: System, whom: str = "") -> None:
+    """Let the fault strike from now on, with what concerns `whom`: those who look on do so already."""
+    (system.folder / ARMED).write_text(whom)
 
 
 async def armed_to_die(system: System, kind: str) -> Service:
     """Arm the tampering with a kind of service; return the replica that has killed itself, as soon as it has."""
-    services = system.services[kind]
-    before = {each.name: len(each.exit_codes) for each in services}
+    before = deaths(system, kind)
     arm(system)
+    return await died_since(system, kind, before)
+
+
+def deaths(system: System, kind: str) -> dict[str, int]:
+    """Return how many processes each replica of a service has been, and is no more."""
+    return {each.name: len(each.exit_codes) for each in system.services[kind]}
+
+
+async def died_since(system: System, kind: str, before: Mapping[str, int]) -> Service:
+    """Wait until a replica has died of SIGKILL that had died so often `before`; return it."""
 
     async def dead() -> Service | None:
         return next(
-            (each for each in services if -signal.SIGKILL in each.exit_codes[before[each.name] :]), None
+            (
+                each
+                for each in system.services[kind]
+                if -signal.SIGKILL in each.exit_codes[before[each.name] :]
+            ),
+            None,
         )
 
     found = await eventually(dead, timeout=STRUCK_SECONDS_MAX)
@@ -129,11 +165,14 @@ async def confirmed_at(system: System) -> datetime:
 
 
 async def seconds_to_prices(system: System, seconds_max: float) -> float:
-    """Wait until a price is confirmed that was not yet; return how long that takes."""
-    before = await confirmed_at(system)
+    """Wait until a price is confirmed as of a later time than now; return how long that takes.
+
+    A write that is under way already has an earlier time: it does not count.
+    """
+    since = system.now()
 
     async def is_confirmed() -> bool:
-        return await confirmed_at(system) > before
+        return await confirmed_at(system) > since
 
     seconds = await seconds_until(is_confirmed, 2 * seconds_max)
     assert seconds <= seconds_max, f"prices after {seconds:.1f} s"
