@@ -28,8 +28,8 @@ from tests.faults import checker
 from tests.faults.mix import Life
 from tests.faults.parts import Service
 from tests.faults.readers import DEADLINE_SECONDS, OVERLOAD_RECOVERY_SECONDS_MAX
-from tests.faults.rows.market import control, current
-from tests.faults.rows.row import Row, next_slots, seconds_until, session, total
+from tests.faults.rows.market import current
+from tests.faults.rows.row import Row, control, next_slots, seconds_until, session, total
 from tests.faults.signs import Sign
 from tests.faults.system import System
 from tests.waiting import eventually

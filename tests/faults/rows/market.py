@@ -17,7 +17,7 @@ from tests.faults.mix import Life
 from tests.faults.parts import Service, frozen
 from tests.faults.population import User
 from tests.faults.rows.feeders import change_lease_holder, lease_holder
-from tests.faults.rows.row import Row, environment, metric, seconds_until, session, total
+from tests.faults.rows.row import Row, control, environment, metric, seconds_until, session, total
 from tests.faults.signs import Sign
 from tests.faults.system import MARKET_SEED, System
 from tests.faults.truth import Market
@@ -76,15 +76,6 @@ GARBAGE_OF_STREAMS: tuple[object, ...] = (
 
 
 # ---- the simulator's controls --------------------------------------------------------------------
-
-
-async def control(system: System, method: str, path: str, body: object = None) -> Any:
-    """Ask something of the simulator, past what Alpaca has."""
-    async with system.http.request(
-        method, f"{system.market.health_url}/simulator/{path}", json=body
-    ) as answer:
-        assert answer.status < 300, await answer.text()
-        return await answer.json()
 
 
 @asynccontextmanager

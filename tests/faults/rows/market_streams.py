@@ -18,12 +18,11 @@ from tests.faults.rows.market import (
     STREAM,
     STREAMS,
     attempts,
-    control,
     faulty,
     streams_are_lost,
     streams_carry,
 )
-from tests.faults.rows.row import Row, session, total
+from tests.faults.rows.row import Row, control, session, total
 from tests.faults.signs import Lookout, Sign, shown
 from tests.faults.system import MARKET_SEED, System
 from tests.faults.truth import Market, traded_at

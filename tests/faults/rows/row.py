@@ -1,7 +1,6 @@
 """What a row is, and what is common to looking for what it must show."""
 
 import asyncio
-import json
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 import asyncpg
 
 from shared.clock import next_boundary, utc_now
+from tests.faults import telemetry
 from tests.faults.mix import Life
 from tests.faults.parts import Service
 from tests.faults.population import Population
@@ -53,12 +53,9 @@ async def next_slots(slots: int) -> None:
 
 
 async def metric(service: Service, sample: str) -> float:
-    """Return a sample of a service's metrics, such as `snapshot_shards_total{outcome="taken"}`; 0 without one."""
+    """Return the sum of a service's samples, such as `snapshot_shards_total{outcome="taken"}`; 0 without one."""
     _, text = await service.ask("metrics")
-    for line in text.splitlines():
-        if line.startswith(f"{sample} "):
-            return float(line.rpartition(" ")[2])
-    return 0.0
+    return sum(each.value for each in telemetry.samples(text, sample))
 
 
 async def total(services: list[Service], sample: str) -> float:
@@ -68,11 +65,9 @@ async def total(services: list[Service], sample: str) -> float:
 
 def said(service: Service, event: str, *, since: datetime) -> list[dict[str, Any]]:
     """Return what a service has logged of an event since then; a line that is just being written comes later."""
-    with service.log.open("rb") as log:
-        lines = [json.loads(line) for line in log if line.startswith(b"{") and line.endswith(b"}\n")]
     return [
         line
-        for line in lines
+        for line in telemetry.log_lines(service.log)
         if line["event"] == event and datetime.fromisoformat(line["timestamp"]) >= since
     ]
 
