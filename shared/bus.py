@@ -134,10 +134,19 @@ class Bus:
     Use as an async context manager; entering does not wait for the server. `check()` tells whether it is there.
     """
 
-    def __init__(self, url: str, *, name: str, owned: Iterable[Stream] = (), replicas: int = 1) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str,
+        owned: Iterable[Stream] = (),
+        sized: Iterable[Stream] = (),
+        replicas: int = 1,
+    ) -> None:
         """Take the streams of which this service says how much is kept as `owned`, in place of those in `STREAMS`.
 
-        Each stream is kept by at least `replicas` of the servers.
+        They, and those that are `sized`, are given the bound of their size where they have none. Each stream is kept by
+        at least `replicas` of the servers.
         """
         self._servers, self._credentials = _servers_and_credentials(url)
         self._name = name
@@ -155,7 +164,8 @@ class Bus:
         self._consumer_problem: str | None = None
         self._is_mute = False
         self._storing = Storing()
-        self._sized: set[str] = set()  # of these a bound of the size was asked for: it may not be had
+        self._sized = frozenset(stream.name for stream in (*self._owned.values(), *sized))
+        self._size_asked: set[str] = set()  # for these, over this connection: it may not be had
         self._said: set[str] = set()
         self._forbidden: set[str] = (
             set()
@@ -590,7 +600,7 @@ class Bus:
         return True
 
     async def _find_stream(self, stream: Stream) -> Found:
-        sized = stream.name not in self._sized
+        sized = stream.name in self._sized - self._size_asked
         found = await streams.find_stream(
             self._client,
             self._owned.get(stream.name, stream),
@@ -599,7 +609,7 @@ class Bus:
             replicas=self._replicas,
         )
         if sized:
-            self._sized.add(stream.name)
+            self._size_asked.add(stream.name)
         return found
 
     async def _probe(self) -> bool:
@@ -684,7 +694,7 @@ class Bus:
         """Forget what was wrong: the server that lets us in may be another one, or have another configuration."""
         bus_metrics.connected.set(1)
         self._storing.forget()
-        self._sized.clear()
+        self._size_asked.clear()
         self._forbidden.clear()
         self._problem = _NOT_CONNECTED
 

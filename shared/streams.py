@@ -66,7 +66,7 @@ class Stored(NamedTuple):
 
 
 async def find_stream(
-    client: Client, stream: Stream, *, owned: bool, sized: bool = True, replicas: int = 1
+    client: Client, stream: Stream, *, owned: bool, sized: bool = False, replicas: int = 1
 ) -> Found:
     """Find, make or bring up to date a stream; return it as it was found or made. Raises StreamUnfit.
 

@@ -17,6 +17,7 @@ from shared.bus import Bus
 from shared.database_clock import DatabaseClock
 from shared.lifecycle import Stop
 from shared.market_calendar import Calendar
+from shared.messages import TICKETS
 
 GARBAGE_THRESHOLDS = (50_000, 20, 100)
 """Objects between two looks for garbage. With the 700 of Python, hundreds of requests that wait are looked through so
@@ -55,7 +56,10 @@ async def serve(settings: Settings, stop: Stop) -> None:
             reads_only=True,
         ) as database,
         Bus(
-            settings.nats_url.get_secret_value(), name="api_gateway", replicas=settings.nats_stream_replicas
+            settings.nats_url.get_secret_value(),
+            name="api_gateway",
+            sized=(TICKETS,),
+            replicas=settings.nats_stream_replicas,
         ) as bus,
         auth.verifier(settings) as verifier,
         replica.reading(settings, database) as source,

@@ -16,6 +16,7 @@ from shared import database as databases
 from shared.bus import Bus
 from shared.database_clock import DatabaseClock
 from shared.market_calendar import Calendar
+from shared.messages import PORTFOLIO, TIMER
 
 log = logs.get_logger()
 
@@ -31,7 +32,10 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             server_settings=queries.SERVER_SETTINGS,
         ) as database,
         Bus(
-            settings.nats_url.get_secret_value(), name="snapshotter", replicas=settings.nats_stream_replicas
+            settings.nats_url.get_secret_value(),
+            name="snapshotter",
+            sized=(TIMER, PORTFOLIO),
+            replicas=settings.nats_stream_replicas,
         ) as bus,
         health.serving(
             "snapshotter",

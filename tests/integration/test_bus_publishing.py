@@ -4,6 +4,7 @@ import asyncio
 import signal
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import nats
@@ -149,11 +150,24 @@ async def test_a_second_copy_is_discarded_and_counts_as_published(bus: Bus, nats
     assert await stored(nats_url) == 1
 
 
+def states(pid: int) -> set[str]:
+    """Return the states in which a process's threads are."""
+    return {
+        (each / "stat").read_text().rpartition(") ")[2][0] for each in Path(f"/proc/{pid}/task").iterdir()
+    }
+
+
+async def is_frozen(pid: int) -> bool:
+    """Tell whether a process that was told to stop has: its threads do so one after the other."""
+    return states(pid) == {"T"}
+
+
 async def test_without_its_server_publishing_fails_at_once_and_works_again_with_it(tmp_path: Path) -> None:
     with nats_server(tmp_path / "nats") as server:
         async with Bus(server.url, name="tests") as bus:
             assert await bus.wait_until_ready(asyncio.Event())
             server.process.send_signal(signal.SIGSTOP)
+            await eventually(partial(is_frozen, server.process.pid))
             frozen = asyncio.create_task(bus.publish_all(map(tick, range(3))))
             await asyncio.wait({frozen}, timeout=0.1)
             server.process.kill()  # long before the batch would be given up

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -26,6 +26,7 @@ from shared.messages import (
     SNAPSHOTS_TAKEN,
     STREAMS,
     TICKETS,
+    TIMER,
     Stream,
     StreamTicket,
     prices_stream,
@@ -56,8 +57,8 @@ async def change(client: Client, stream: Stream, **changes: object) -> None:
     assert "error" not in json.loads(answer.data), answer.data
 
 
-async def use(nats_url: str, *owned: Stream) -> None:
-    async with Bus(nats_url, name="tests", owned=owned) as bus:
+async def use(nats_url: str, *owned: Stream, sized: Iterable[Stream] = ()) -> None:
+    async with Bus(nats_url, name="tests", owned=owned, sized=sized) as bus:
         async with asyncio.timeout(10):
             assert await bus.wait_until_ready(asyncio.Event())
 
@@ -117,6 +118,8 @@ async def test_no_stream_takes_the_space_of_another_and_what_users_cause_is_boun
     await js.add_stream(name="PORTFOLIO", subjects=list(PORTFOLIO.subjects), max_age=3 * 86400)
     await js.add_stream(name="TICKETS", subjects=[ALL_TICKETS], max_age=60, storage=StorageType.MEMORY)
     await use(nats_url)
+    assert (await configuration(client, TIMER))["max_bytes"] == -1  # one service sees to it, not each
+    await use(nats_url, sized=(TIMER, PORTFOLIO, TICKETS))
     found = {stream.name: await configuration(client, stream) for stream in STREAMS}
     bounds = {name: (each["max_bytes"], each["discard"]) for name, each in found.items()}
     assert bounds == {
