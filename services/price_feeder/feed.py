@@ -44,9 +44,6 @@ STOP_SECONDS_MAX = 2.0
 """What a round that is under way may still take when the service is to stop."""
 BUS_SECONDS_MAX = 2.0
 """What the first round waits for NATS."""
-HEARD_WITHIN = timedelta(seconds=3)
-"""A trade so old that polling finds it should have come by the stream before."""
-
 WITHDRAWAL_SETTLES = timedelta(seconds=30)
 """A withdrawn trade that the market still calls the last one after this time counts again."""
 
@@ -202,8 +199,7 @@ class Feed:
         self._pace.note_answered(answered, hours, began_at)
         self._reports.say_rejected(rejected)
         if self.streaming:
-            found = {tick.symbol for tick in stored.changed if at - tick.traded_at > HEARD_WITHIN}
-            self.streaming.note_missed(heard & found)
+            self.streaming.note_found(heard.intersection(tick.symbol for tick in stored.changed))
         problem = _in_words(answers)
         gravest = _gravest(answers)
         is_loud = isinstance(gravest, Unauthorized)

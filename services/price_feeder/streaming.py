@@ -105,11 +105,11 @@ class Streaming:
             stream.follow(selection.get(kind, ()))
             metrics.STREAM_SYMBOLS_MAX.labels(stream.name).set(stream.limit)
 
-    def note_missed(self, symbols: Iterable[str]) -> None:
-        """Learn what a round has found that the streams should have brought."""
-        missed = frozenset(symbols)
+    def note_found(self, symbols: Iterable[str]) -> None:
+        """Learn of which symbols a round has found trades that the streams had not brought."""
+        found = frozenset(symbols)
         for stream in self._streams.values():
-            stream.note_missed(missed)
+            stream.note_found(found)
 
     async def run(self, sink: Sink) -> None:
         """Stream until cancelled; the connections are closed then."""

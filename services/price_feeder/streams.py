@@ -44,8 +44,8 @@ HEALTHY_SECONDS = 30.0
 REFUSED_SYMBOL_SECONDS = 600.0
 REFUSED_SHOWN_MAX = 20
 LIMIT_REMEMBERED_SECONDS = 3600.0
-MISSED_ROUNDS_MAX = 2
-"""So many rounds may find trades that should have been heard, and were not, before a stream counts as mute."""
+MISSED_ROUNDS_MAX, MISSING_SECONDS_MIN = 2, 3.0
+"""So many rounds, over so long, may find trades while nothing at all is heard, before a stream counts as mute."""
 
 WEBSOCKET = {
     "ping_interval": 5,
@@ -263,6 +263,7 @@ class Stream:
         self._refused_until: dict[str, float] = {}
         self._trades_heard = 0
         self._missed_rounds = 0
+        self._missing_since = 0.0
         self._trades_heard_before = 0
         self._said: str | None = None
         self._has_said_malformed = False
@@ -287,15 +288,25 @@ class Stream:
             return self.subscribed == frozenset(self._target())
         return self.state is StreamState.OFF and not self._wanted
 
-    def note_missed(self, symbols: Iterable[str]) -> None:
-        """Learn which trades a round has found that should have been heard before; none is well."""
+    def note_found(self, symbols: Iterable[str]) -> None:
+        """Learn of which symbols a round has found trades that were not heard before."""
         heard = self._trades_heard != self._trades_heard_before
         self._trades_heard_before = self._trades_heard
-        if heard or self.subscribed.isdisjoint(symbols):
+        if heard:
             self._missed_rounds = 0
             return
+        if self.subscribed.isdisjoint(symbols):
+            return
+        if not self._missed_rounds:
+            self._missing_since = time.monotonic()
         self._missed_rounds += 1
         self._steering_wanted.set()
+
+    @property
+    def _is_mute(self) -> bool:
+        """Tell whether nothing is heard for so long, and in so many rounds, that what was found would have come."""
+        seconds = time.monotonic() - self._missing_since
+        return self._missed_rounds >= MISSED_ROUNDS_MAX and seconds >= MISSING_SECONDS_MIN
 
     # ---- its life --------------------------------------------------------------------------------
 
@@ -385,7 +396,7 @@ class Stream:
         """Change the subscription until it is what is wanted, and again when something else is."""
         while self._wanted:
             self._steering_wanted.clear()
-            if self._missed_rounds >= MISSED_ROUNDS_MAX:
+            if self._is_mute:
                 raise StreamMute("polling finds trades that the stream does not bring")
             request = self._next_request()
             if request is None:

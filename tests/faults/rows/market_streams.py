@@ -1,6 +1,7 @@
 """Streams of the market that end, go mute, freeze or are refused: polling is the floor that prices never fall below."""
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -35,6 +36,7 @@ STOCKS_PATH = "/v2/iex"
 REFUSED_TIMES, REFUSED_SECONDS_MAX = 3, 40.0
 STAGES = 2
 """After the first failure the feeder waits up to 4 s, then up to 8 s."""
+MUTE_SEEN_SECONDS_MAX = 40.0
 SPREAD_SECONDS_MIN = 0.25
 """Between the longest and the shortest of six pauses, drawn from 3 s at least: it is less in one case of 40,000."""
 PAUSE_SECONDS_MIN, OTHER_CONNECTION_PAUSE_SECONDS_MIN = 1.0, 4.0
@@ -135,10 +137,13 @@ async def _handshakes_refused(system: System) -> str:
 
 
 async def _mute(system: System) -> str:
-    async with faulty(system, "mute", door=STREAM):
-        await asyncio.sleep(FLOOR_SECONDS_MAX)
+    began = time.monotonic()
+    holder = await lease_holder(system)
+    async with _shown_by(system, holder) as lookout, faulty(system, "mute", door=STREAM):
+        await lookout.wait_until_shown(MUTE_SEEN_SECONDS_MAX)
+        seconds = time.monotonic() - began
     await streams_carry(system)
-    return f"mute for {FLOOR_SECONDS_MAX:g} s"
+    return f"mute: found out after {seconds:.0f} s"
 
 
 async def _frozen(system: System) -> str:
