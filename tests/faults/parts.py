@@ -272,7 +272,9 @@ class Service(Part):
         assert self.http is not None
         try:
             async with self.http.get(
-                f"{self.health_url}/{path}", timeout=aiohttp.ClientTimeout(total=ASK_SECONDS_MAX)
+                f"{self.health_url}/{path}",
+                headers={"Connection": "close"},  # else it is a task of the service for 15 s, and no leak
+                timeout=aiohttp.ClientTimeout(total=ASK_SECONDS_MAX),
             ) as answer:
                 return answer.status, await answer.text()
         except (aiohttp.ClientError, TimeoutError, OSError):
