@@ -132,6 +132,13 @@ _REASONS: tuple[tuple[str, tuple[type[Exception], ...]], ...] = (
 )
 
 
+class _Connection(asyncpg.Connection):
+    async def close(self, *, timeout: float | None = None) -> None:
+        """Close, or else end, the connection: the pool closes some in tasks of its own, whose failure nobody awaits."""
+        with suppress(*_UNAVAILABLE):
+            await super().close(timeout=timeout)
+
+
 class _NoTurn(TimeoutError):
     """All connections were in use for too long."""
 
@@ -583,6 +590,7 @@ async def connect(
     pool = asyncpg.create_pool(
         url,
         connect=make_connection,
+        connection_class=_Connection,
         min_size=0,
         max_size=connections_max,
         max_inactive_connection_lifetime=IDLE_SECONDS_MAX,

@@ -28,9 +28,9 @@ async def test_request_is_lost_while_no_gateway_is_ready(tmp_path: Path) -> None
     await web.TCPSite(runner, "127.0.0.1", port).start()
     stop = asyncio.Event()
     async with aiohttp.ClientSession() as http:
-        system = System(
-            tmp_path, drawn(3, 5), [], [], Service("market"), {}, http, {"gateway": port}, "x" * 32
-        )
+        services = {"api_gateway": [Service("gateway")]}
+        ports = {"gateway": port}
+        system = System(tmp_path, drawn(3, 5), [], [], Service("market"), services, http, ports, "x" * 32)
         balancer = Balancer(system)
 
         async def has_asked() -> bool:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
+from prometheus_client import REGISTRY
 
 from local.servers import Server, postgres
 from shared import database as databases
@@ -403,7 +404,7 @@ async def test_full_disk_loses_nothing_and_all_goes_on_when_there_is_room(
 
 async def test_connections_are_counted(own_postgres: Server) -> None:
     def connections(state: str) -> float | None:
-        return sample("database_connections", pool="faults", state=state)
+        return REGISTRY.get_sample_value("database_connections", {"pool": "faults", "state": state})
 
     async with connected(own_postgres, connections_max=2) as database:
         async with database.transaction():

@@ -204,7 +204,7 @@ async def test_older_services_work_beside_these(
         await eventually(new_ones_go_on, timeout=20)
     assert (old.complaints(), new.complaints()) == ({}, {})
     changed = [
-        line["stream"]
+        (line["stream"], tuple(line["changed"]))
         for version in (old, new)
         for service in version.services.values()
         for line in service.logged("bus_stream_updated")

@@ -30,6 +30,8 @@ VICTIM = "AAPL"
 """The symbol that garbage is sent of."""
 EQUITIES = "/v2/stocks"
 STREAMS = ("equity", "crypto")
+SEEN_SECONDS = 3.0
+"""After which whoever looks has seen what a check says by now."""
 LIVE_SECONDS_MAX = 15.0
 """How long after a market answers again every price is confirmed: a request that hangs ends within 5 s."""
 REQUESTS_PER_MINUTE = 100
@@ -262,6 +264,12 @@ async def _hung_for_minutes(system: System, feeder: Service) -> str:
             assert not body["price_fresh"], f"{gateway} takes them for fresh"
             assert {each["price_status"] for each in body["positions"]} == {"stale"}
         assert await stored_prices(system) == before, "prices have changed"
+
+        async def is_said() -> bool:  # by the feeder, at the end of its round, in which every request hangs
+            return await metric(feeder, 'price_feeder_feed_state{state="stale"}') == 1
+
+        await eventually(is_said, timeout=STALE_LATE_SECONDS_MAX)
+        await asyncio.sleep(SEEN_SECONDS)
     assert max(threads) - min(threads) == 0, f"{sorted(threads)} threads"
     said = _said(feeder, "prices_not_updated") - said_before
     assert 1 <= said <= 3, f"said {said} times"
