@@ -167,9 +167,7 @@ class Bus:
         self._sized = frozenset(stream.name for stream in (*self._owned.values(), *sized))
         self._size_asked: set[str] = set()  # for these, over this connection: it may not be had
         self._said: set[str] = set()
-        self._forbidden: set[str] = (
-            set()
-        )  # subjects that we may not publish to, in lower case as the library has them
+        self._forbidden: set[str] = set()  # subjects to publish to, in lower case as the library has them
         self._ears: set[_Ear] = set()
         self._keeping: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -424,7 +422,8 @@ class Bus:
                 continue
             for message in messages:
                 delivery = Delivery(message, self._keep_letter, service=self._name, consumer=durable)
-                delivery.deliveries = max(1, delivery.deliveries - postponed(delivery))
+                if delivery.deliveries > 1:  # most are not, and need not be looked at
+                    delivery.deliveries = max(1, delivery.deliveries - postponed(delivery))
                 if delivery.deliveries > 1:
                     bus_metrics.redeliveries.labels(durable).inc()
                 if delivery.deliveries > deliveries_max:
